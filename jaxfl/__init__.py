@@ -1,0 +1,86 @@
+"""jaxfl: a JAX vectorized research toolkit for federated learning.
+
+The public names, in the order of a round: data, a model, what is computed
+(algorithms), what happens to a message (channels), how many become one (aggregators),
+the round, the run, and what is looked at.
+"""
+
+from importlib.metadata import version
+
+from jaxfl import data, evaluate, local, models, plot, tree
+from jaxfl.aggregate import total
+from jaxfl.algorithms.fedavg import fedavg
+from jaxfl.algorithms.isolated import isolated
+from jaxfl.channel import at_client, at_server, chain, gate, identity, mean, on, tap
+from jaxfl.conv import matmul_conv
+from jaxfl.core import (
+    Aggregator,
+    Algorithm,
+    Channel,
+    Cohort,
+    Context,
+    Federation,
+    Info,
+    Message,
+    Outcome,
+    State,
+)
+from jaxfl.data.federated import ClientData, from_arrays
+from jaxfl.evaluate import compare, on_server
+from jaxfl.history import History
+from jaxfl.privacy import clip
+from jaxfl.round import client_mesh, federate, map_clients
+from jaxfl.simulate import sample_cohort, scan_rounds, simulate
+
+__version__ = version("jaxfl")
+
+__all__ = [
+    # data
+    "data",
+    "ClientData",
+    "from_arrays",
+    # models
+    "models",
+    "matmul_conv",
+    # algorithms
+    "Algorithm",
+    "Context",
+    "Outcome",
+    "fedavg",
+    "isolated",
+    "local",
+    # channels
+    "Channel",
+    "Message",
+    "chain",
+    "identity",
+    "clip",
+    "mean",
+    "gate",
+    "tap",
+    "on",
+    "at_client",
+    "at_server",
+    # aggregators
+    "Aggregator",
+    "total",
+    # the round
+    "Federation",
+    "Cohort",
+    "State",
+    "Info",
+    "federate",
+    "map_clients",
+    "client_mesh",
+    # the run
+    "simulate",
+    "scan_rounds",
+    "sample_cohort",
+    "History",
+    # what is looked at
+    "evaluate",
+    "compare",
+    "on_server",
+    "plot",
+    "tree",
+]

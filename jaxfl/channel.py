@@ -1,0 +1,268 @@
+"""Channels: what happens to a message between a client and the server.
+
+`chain` composes them: encode runs left to right at each client, decode right to left
+at the server, so that a channel surrounds all that stand to its right.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxfl import tree
+from jaxfl.core import Channel, Context, Message, Payload
+
+
+def _no_state(payload):
+    return (), ()
+
+
+def _send(ctx, message, server_state, client_state):
+    return message, client_state, ()
+
+
+def _pass_on(ctx, payload, server_state, report):
+    return payload, server_state
+
+
+def chain(*channels: Channel) -> Channel:
+    """Composes channels: encode from the first to the last, decode back again.
+
+    `encode = e_n ∘ ... ∘ e_1` and `decode = d_1 ∘ ... ∘ d_n`. Chains of chains are
+    flattened, so that composition is associative to the last bit, random channels
+    included: each layer's key is `fold_in(key, place)`.
+
+    Args:
+      *channels: any number of channels; none is the identity.
+
+    Returns:
+      A channel; its states are tuples, one entry a layer.
+
+    Raises:
+      TypeError: if an argument is not a channel.
+
+    >>> from jaxfl import clip, mean
+    >>> len(chain(clip(1.0), chain(identity(), mean())).layers)
+    2
+    """
+    for i, channel in enumerate(channels):
+        if not isinstance(channel, Channel):
+            raise TypeError(f"channels[{i}] must be a jaxfl.Channel, got {channel!r}.")
+    layers = [
+        layer
+        for channel in channels
+        for layer in ((channel,) if channel.layers is None else channel.layers)
+    ]
+    if len(layers) == 1:
+        return layers[0]
+
+    def init(payload):
+        states = [layer.init(payload) for layer in layers]
+        return tuple(s for s, _ in states), tuple(c for _, c in states)
+
+    def encode(ctx, message, server_state, client_state):
+        states, reports = [], []
+        for i, layer in enumerate(layers):
+            message, state, report = layer.encode(
+                _at(ctx, i), message, server_state[i], client_state[i]
+            )
+            states.append(state)
+            reports.append(report)
+        return message, tuple(states), tuple(reports)
+
+    def decode(ctx, payload, server_state, report):
+        states = list(server_state)
+        for i, layer in reversed(list(enumerate(layers))):
+            payload, states[i] = layer.decode(
+                _at(ctx, i), payload, server_state[i], report[i]
+            )
+        return payload, tuple(states)
+
+    return Channel(init, encode, decode, tuple(layers))
+
+
+def _at(ctx: Context, layer: int) -> Context:
+    return ctx._replace(key=jax.random.fold_in(ctx.key, layer))
+
+
+def identity() -> Channel:
+    """The channel that changes nothing, `chain()`.
+
+    >>> identity().layers
+    ()
+    """
+    return chain()
+
+
+def mean(denominator: float | None = None) -> Channel:
+    """Weights on, sum, weights off: the weighted mean of what was sent.
+
+    `sum_{i in S} w_i x_i / sum_{i in S} w_i`, or with a fixed denominator
+    `sum_{i in S} x_i / denominator`. It is a channel, so that what stands to its left
+    acts on a client's own update and what stands to its right on its weighted share.
+    When nobody sends, the mean is 0.
+
+    Client sends: its payload times its weight, in the payload's dtype, and the weight.
+    Server sees: both. Bits: 32 more, for the weight (none with a fixed denominator).
+
+    Args:
+      denominator: a positive constant in place of the weights, as needed where the
+        sum's sensitivity must not depend on who takes part.
+
+    Raises:
+      ValueError: if denominator is not positive.
+
+    Reference: McMahan et al. 2017, arXiv:1602.05629, algorithm 1; with a denominator,
+    McMahan et al. 2018, arXiv:1710.06963, estimator f_f.
+    """
+    if denominator is not None:
+        if isinstance(denominator, int | float) and denominator <= 0:
+            raise ValueError(f"denominator must be positive, got {denominator}.")
+
+        def divide(ctx, payload, server_state, report):
+            return tree.scale(1.0 / jnp.float32(denominator), payload), server_state
+
+        return Channel(_no_state, _send, divide)
+
+    def encode(ctx, message, server_state, client_state):
+        message = message._replace(
+            payload=tree.scale(message.weight, message.payload),
+            bits=message.bits + 32.0 * (message.weight > 0),
+        )
+        return message, client_state, {"weight": message.weight}
+
+    def decode(ctx, payload, server_state, report):
+        weight = report["weight"]
+        share = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
+        return tree.scale(share, payload), server_state
+
+    return Channel(_no_state, encode, decode)
+
+
+def gate(should_send: Callable[[Context, Payload], jax.Array]) -> Channel:
+    """Sends a message only if a predicate of its payload holds; else it is dropped.
+
+    Client sends: one bit that says whether a message follows, and the message if so.
+    Server sees: who sent. A withheld update is not kept for later.
+
+    Args:
+      should_send: `(ctx, payload) -> bool []`.
+
+    >>> from jaxfl.core import Message
+    >>> big = gate(lambda ctx, payload: optax.tree.norm(payload) > 1.0)
+    >>> small = Message(jnp.array([0.1]), jnp.float32(5.0), jnp.float32(32.0))
+    >>> message, _, _ = big.encode(None, small, (), ())
+    >>> message.weight.item(), message.bits.item()
+    (0.0, 1.0)
+    """
+
+    def encode(ctx, message, server_state, client_state):
+        send = (message.weight > 0) & should_send(ctx, message.payload)
+        message = message._replace(
+            weight=jnp.where(send, message.weight, 0.0),
+            bits=jnp.where(send, message.bits, 0.0) + 1.0,
+        )
+        return message, client_state, {"open": send}
+
+    return Channel(_no_state, encode, _pass_on)
+
+
+def tap(name: str = "tap") -> Channel:
+    """Changes nothing and reports every payload as it stands here: an eavesdropper.
+
+    What passed is in `info.reports`, stacked `[K, ...]`; place it where the observer
+    stands. It costs the memory of K payloads.
+
+    Args:
+      name: the key of the report.
+    """
+
+    def encode(ctx, message, server_state, client_state):
+        return message, client_state, {name: message.payload}
+
+    return Channel(_no_state, encode, _pass_on)
+
+
+def on(part: str, channel: Channel) -> Channel:
+    """Applies a channel to one entry of a payload that is a dictionary.
+
+    The inner channel sees a message of that entry alone. If it withholds it, zeros go
+    in its place and the rest of the message is sent as before.
+
+    Args:
+      part: the entry's key.
+      channel: what to do with it.
+
+    Raises:
+      TypeError: when the payload is not a dictionary.
+      ValueError: when it has no such entry.
+    """
+
+    def init(payload):
+        if not isinstance(payload, dict):
+            raise TypeError(f"on({part!r}): payload must be a dict, got {payload!r}.")
+        if part not in payload:
+            raise ValueError(f"on({part!r}): payload has only {sorted(payload)}.")
+        return channel.init(payload[part])
+
+    def encode(ctx, message, server_state, client_state):
+        entry = message.payload[part]
+        bits = jnp.where(message.weight > 0, jnp.float32(tree.num_bits(entry)), 0.0)
+        inner, client_state, report = channel.encode(
+            ctx, Message(entry, message.weight, bits), server_state, client_state
+        )
+        sent = inner.weight > 0
+        message = message._replace(
+            payload=message.payload | {part: tree.mask(sent, inner.payload)},
+            bits=message.bits - bits + inner.bits,
+        )
+        return message, client_state, tree.mask(sent, report)
+
+    def decode(ctx, payload, server_state, report):
+        entry, server_state = channel.decode(ctx, payload[part], server_state, report)
+        return payload | {part: entry}, server_state
+
+    return Channel(init, encode, decode)
+
+
+def at_client(transform: optax.GradientTransformation) -> Channel:
+    """Any optax transformation of each message; its state stays with the client.
+
+    Args:
+      transform: for instance `optax.add_noise(...)`, `optax.trace(0.9)`.
+
+    >>> halve = at_client(optax.scale(0.5))
+    >>> from jaxfl.core import Message
+    >>> full = Message(jnp.array([2.0]), jnp.float32(1.0), jnp.float32(32.0))
+    >>> message, _, _ = halve.encode(None, full, *halve.init(full.payload))
+    >>> message.payload.tolist()
+    [1.0]
+    """
+
+    def init(payload):
+        return (), transform.init(payload)
+
+    def encode(ctx, message, server_state, client_state):
+        payload, client_state = transform.update(message.payload, client_state)
+        return message._replace(payload=payload), client_state, ()
+
+    return Channel(init, encode, _pass_on)
+
+
+def at_server(transform: optax.GradientTransformation) -> Channel:
+    """Any optax transformation of the aggregate, where it passes here.
+
+    Privatizers of jax_privacy (matrix mechanisms) are such transformations.
+
+    Args:
+      transform: for instance `optax.ema(0.9)`.
+    """
+
+    def init(payload):
+        return transform.init(payload), ()
+
+    def decode(ctx, payload, server_state, report):
+        return transform.update(payload, server_state)
+
+    return Channel(init, _send, decode)

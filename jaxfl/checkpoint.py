@@ -1,0 +1,125 @@
+"""Checkpoints of a run: its state by orbax, and its history piece by piece."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxfl.core import State
+
+PyTree = Any
+
+
+class Checkpoints:
+    """A folder from which a killed run goes on, to the bit.
+
+    A piece of history is written before the state that follows it, each atomically,
+    so that whatever moment the process dies at, the newest complete state finds all
+    the history before it.
+
+    Args:
+      path: the folder, made if missing.
+      run: what must be the same for the run to go on (its key, its cohort size, ...),
+        as JSON can hold it.
+    """
+
+    def __init__(self, path: str | os.PathLike, run: dict):
+        import orbax.checkpoint as ocp  # heavy, and only needed here
+
+        self._ocp = ocp
+        self._path = Path(path).absolute()
+        self._run = run
+        self._manager = ocp.CheckpointManager(
+            self._path / "state", options=ocp.CheckpointManagerOptions(max_to_keep=2)
+        )
+        self._history = self._path / "history"
+        self._history.mkdir(parents=True, exist_ok=True)
+
+    def restore(self, state: State, piece: PyTree) -> tuple[State, list[PyTree]]:
+        """The newest state and the pieces of history before it.
+
+        Args:
+          state: what a state looks like; it is returned if nothing was saved yet.
+          piece: what a piece of history looks like.
+
+        Returns:
+          The state, and the pieces in order.
+
+        Raises:
+          ValueError: if the folder holds another run.
+        """
+        ocp, newest = self._ocp, self._manager.latest_step()
+        if newest is None:
+            return state, []
+        run = self._manager.restore(newest, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
+        for name, value in self._run.items():
+            if run["run"].get(name) != value:
+                raise ValueError(
+                    f"checkpoint: {self._path} holds a run with {name} = "
+                    f"{run['run'].get(name)}, and this one has {value}."
+                )
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _bare(state))
+        try:
+            saved = self._manager.restore(
+                newest,
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),
+            )["state"]
+        except ValueError as error:
+            raise ValueError(
+                f"checkpoint: {self._path} holds the state of another federation."
+            ) from error
+        saved = jax.tree.map(
+            lambda new, old: jax.device_put(_wrap(new, old), old.sharding), saved, state
+        )
+        treedef = jax.tree.structure(piece)
+        pieces = []
+        for file in sorted(self._history.glob("*.npz")):
+            if int(file.stem) <= newest:
+                with np.load(file) as leaves:
+                    pieces.append(
+                        treedef.unflatten(leaves[str(i)] for i in range(len(leaves)))
+                    )
+        return saved, pieces
+
+    def save(self, state: State, piece: PyTree) -> None:
+        """Saves a state, and the history since the last one that was saved."""
+        step = int(state.round)
+        if step == self._manager.latest_step():
+            return
+        if jax.process_index() == 0:
+            file = self._history / f"{step:09d}.npz"
+            partial = file.with_suffix(".partial")
+            with open(partial, "wb") as out:
+                np.savez(out, **{str(i): x for i, x in enumerate(jax.tree.leaves(piece))})
+            os.replace(partial, file)
+        ocp = self._ocp
+        # A copy: the state's own buffers are donated to the next segment.
+        copy = jax.tree.map(lambda x: np.array(x, copy=True), _bare(state))
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(copy), run=ocp.args.JsonSave(self._run)
+            ),
+        )
+
+    def close(self) -> None:
+        """Waits until all is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _is_key(x) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _bare(tree: PyTree) -> PyTree:
+    """Random keys as the integers that they are made of."""
+    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
+
+
+def _wrap(saved, like):
+    if _is_key(like):
+        return jax.random.wrap_key_data(saved, impl=jax.random.key_impl(like))
+    return saved

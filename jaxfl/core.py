@@ -1,0 +1,249 @@
+"""The nouns of a federated round: three small types, and what passes between them.
+
+An `Algorithm` says what is computed, a `Channel` what happens to a message on its
+way, an `Aggregator` how many messages become one. Each is written for ONE client
+and for the server; the client axis is the runtime's business (`jaxfl.round`).
+
+Sign convention, everywhere: a payload is what the server had minus what the client
+has, a pseudo-gradient, so that any optax optimiser at the server descends along it.
+
+Axes are named `N`, the population; `K`, the cohort of one round.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+Params = PyTree
+Payload = PyTree
+Data = PyTree
+Metrics = PyTree
+
+
+class Context(NamedTuple):
+    """What every part may know about the round that it is in.
+
+    Attributes:
+      key: random key of this part alone: of one client, or of the server.
+      shared_key: random key that all clients and the server have in common.
+      round: int32 `[]`, rounds done so far.
+      client: int32 `[]`, the population id of this client; -1 at the server.
+      roster: int32 `[K]`, population ids of the cohort.
+      alive: bool `[K]`, who of the roster takes part to the end.
+      population: int32 `[]`, N.
+    """
+
+    key: jax.Array
+    shared_key: jax.Array
+    round: jax.Array
+    client: jax.Array
+    roster: jax.Array
+    alive: jax.Array
+    population: jax.Array
+
+
+class Message(NamedTuple):
+    """What one client sends.
+
+    Attributes:
+      payload: pytree of arrays, or of anything a channel made of it.
+      weight: float32 `[]`, its share in a weighted mean; 0 means nothing was sent.
+      bits: float32 `[]`, the length of its encoding; exact up to 2^24, and above
+        that to one part in 2^24.
+    """
+
+    payload: Payload
+    weight: jax.Array
+    bits: jax.Array
+
+
+class Cohort(NamedTuple):
+    """The clients of one round.
+
+    Attributes:
+      client: int32 `[K]`, population ids, each at most once.
+      data: pytree of `[K, ...]` arrays, or a `ClientData` of K clients.
+      weight: float32 `[K]`, the weight of each client's message.
+      alive: bool `[K]`; a client that is not alive is as one never asked.
+    """
+
+    client: jax.Array
+    data: Data
+    weight: jax.Array
+    alive: jax.Array
+
+
+class Outcome(NamedTuple):
+    """What the server has at the end of a round.
+
+    Attributes:
+      payload: the decoded aggregate.
+      sent: bool `[K]`, whose message arrived.
+      delivered: bool `[K]`, to whom the aggregate is given back.
+    """
+
+    payload: Payload
+    sent: jax.Array
+    delivered: jax.Array
+
+
+def whole_state(server_state: PyTree) -> PyTree:
+    """The default broadcast: clients receive all that the server holds."""
+    return server_state
+
+
+def keep(server_state: PyTree, client_state: PyTree, delivered: jax.Array) -> PyTree:
+    """The default receive: a client's state is not touched by the aggregate."""
+    del server_state, delivered
+    return client_state
+
+
+class Algorithm(NamedTuple):
+    """What is computed, for one client and for the server.
+
+    Attributes:
+      init: `params -> (server_state, client_state)`; `client_state` is ONE client's.
+        By convention a server state has a field `params`, the federated model.
+      client: `(ctx, broadcast, client_state, data) -> (payload, client_state,
+        metrics)`, with `data` one client's.
+      server: `(ctx, server_state, outcome) -> server_state`; not called on to change
+        anything in a round in which nothing is delivered.
+      receive: `(server_state, client_state, delivered) -> client_state`, after the
+        server's step, for algorithms whose clients keep a model of their own.
+      broadcast: `server_state -> broadcast`, what travels down to each client.
+    """
+
+    init: Callable
+    client: Callable
+    server: Callable
+    receive: Callable = keep
+    broadcast: Callable = whole_state
+
+
+class Channel(NamedTuple):
+    """What happens to a message on its way, and to the aggregate on its way back.
+
+    Attributes:
+      init: `payload -> (server_state, client_state)`, given zeros of its shape.
+      encode: `(ctx, message, server_state, client_state) -> (message, client_state,
+        report)`, at one client. Reports are summed over those who sent.
+      decode: `(ctx, payload, server_state, report) -> (payload, server_state)`, once,
+        at the server, with the summed report.
+      layers: the channels this one is a chain of; None for a channel of its own.
+    """
+
+    init: Callable
+    encode: Callable
+    decode: Callable
+    layers: "tuple[Channel, ...] | None" = None
+
+
+class Aggregator(NamedTuple):
+    """How many messages become one.
+
+    Attributes:
+      init: `payload -> state`.
+      apply: `(ctx, payload, sent, state) -> (payload, delivered, state)`. `payload` is
+        the sum over those who sent if `linear`, else the stack `[K, ...]`, zero where
+        nothing was sent.
+      linear: True where a sum is all that is needed: it streams over chunks of
+        clients and over devices, and no `[K, ...]` stack is ever held.
+    """
+
+    init: Callable
+    apply: Callable
+    linear: bool = False
+
+
+class ServerState(NamedTuple):
+    """The server's half of a `State`, one field a part."""
+
+    algorithm: PyTree
+    channel: PyTree
+    aggregator: PyTree
+
+
+class ClientState(NamedTuple):
+    """The clients' half of a `State`, one field a part, each stacked `[N, ...]`."""
+
+    algorithm: PyTree
+    channel: PyTree
+
+
+class State(NamedTuple):
+    """All that continues from round to round; a checkpoint is exactly this.
+
+    Attributes:
+      round: int32 `[]`, rounds done.
+      population: int32 `[]`, N.
+      server: the server's states.
+      clients: the clients' states, stacked `[N, ...]`.
+    """
+
+    round: jax.Array
+    population: jax.Array
+    server: ServerState
+    clients: ClientState
+
+    @property
+    def params(self) -> Params:
+        """The federated model."""
+        return self.server.algorithm.params
+
+
+class Info(NamedTuple):
+    """All that is looked at after a round, and nothing that continues.
+
+    Attributes:
+      client: int32 `[K]`, who was asked.
+      alive: bool `[K]`, who took part to the end.
+      sent: bool `[K]`, whose message entered the aggregate.
+      delivered: bool `[K]`, to whom the aggregate was given back.
+      rejected: bool `[K]`, whose update was not finite and was dropped.
+      bits_up: float32 `[K]`, the length of each message.
+      bits_down: float32 `[K]`, the length of the broadcast to each client.
+      metrics: what the algorithm's clients measured, `[K, ...]`; NaN (integers: 0)
+        for a client that was not alive.
+      reports: what the channel reported of each message, `[K, ...]`; likewise.
+    """
+
+    client: jax.Array
+    alive: jax.Array
+    sent: jax.Array
+    delivered: jax.Array
+    rejected: jax.Array
+    bits_up: jax.Array
+    bits_down: jax.Array
+    metrics: Metrics
+    reports: PyTree
+
+
+class Federation(NamedTuple):
+    """The composed round function; pure, so jit, vmap, grad and scan it as you like.
+
+    Attributes:
+      init: `(params, data) -> State`, with `data` the population's, `[N, ...]`.
+      round: `(key, state, cohort) -> (state, info)`. `key` is the run's: each round
+        derives its own from `state.round`.
+      mesh: the devices over which a cohort is spread, or None.
+    """
+
+    init: Callable[[Params, Data], State]
+    round: Callable[[jax.Array, State, Cohort], tuple[State, Info]]
+    mesh: jax.sharding.Mesh | None = None
+
+
+def server_context(
+    key: jax.Array,
+    round: jax.Array,
+    roster: jax.Array,
+    alive: jax.Array,
+    population: jax.Array,
+) -> Context:
+    """The server's context of a round; all other contexts are replaced copies."""
+    server_key, shared_key = jax.random.split(key)
+    nobody = jnp.int32(-1)
+    return Context(server_key, shared_key, round, nobody, roster, alive, population)

@@ -1,0 +1,43 @@
+"""Federated data: the container, partitions, and sources."""
+
+from jaxfl.data.federated import (
+    ClientData,
+    client_rows,
+    from_arrays,
+    group,
+    label_counts,
+    pool,
+    stack,
+    stack_axes,
+)
+from jaxfl.data.files import data_root, read_checked
+from jaxfl.data.mnist import mnist, mnist_writers
+from jaxfl.data.partition import (
+    dirichlet,
+    dominant_class,
+    iid,
+    natural,
+    quantity_skew,
+    shards,
+)
+
+__all__ = [
+    "ClientData",
+    "group",
+    "from_arrays",
+    "pool",
+    "stack",
+    "stack_axes",
+    "client_rows",
+    "label_counts",
+    "iid",
+    "dominant_class",
+    "dirichlet",
+    "shards",
+    "quantity_skew",
+    "natural",
+    "mnist",
+    "mnist_writers",
+    "data_root",
+    "read_checked",
+]

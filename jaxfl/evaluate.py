@@ -1,0 +1,177 @@
+"""How good a model is: on the device, in batches; and the baselines it has to beat."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxfl import local
+from jaxfl.algorithms.fedavg import fedavg
+from jaxfl.algorithms.isolated import isolated
+from jaxfl.channel import mean
+from jaxfl.core import Channel, Params, State
+from jaxfl.data.federated import ClientData, pool
+from jaxfl.history import History
+from jaxfl.models import Model
+from jaxfl.round import federate
+from jaxfl.simulate import simulate
+
+PyTree = Any
+ExampleMetrics = Callable[[Params, PyTree], dict[str, jax.Array]]
+
+
+def mean_metrics(
+    metrics: ExampleMetrics, params: Params, examples: PyTree, batch_size: int = 1000
+) -> dict[str, jax.Array]:
+    """Metrics averaged over all examples, in batches.
+
+    Args:
+      metrics: `(params, batch) -> {name: [B]}`, one number for each example.
+      params: of one model.
+      examples: pytree of `[E, ...]` arrays.
+      batch_size: B, examples evaluated at once.
+
+    Returns:
+      `{name: float32 []}`.
+
+    Raises:
+      ValueError: if there are no examples or batch_size is not positive.
+
+    >>> def metrics(w, batch):
+    ...     return {"error": (batch - w) ** 2}
+    >>> {k: v.item() for k, v in mean_metrics(
+    ...     metrics, jnp.float32(0), jnp.array([1.0, 2.0, 3.0]), batch_size=2).items()}
+    {'error': 4.666666507720947}
+    """
+    count = jax.tree.leaves(examples)[0].shape[0]
+    if count == 0:
+        raise ValueError("examples: there are none to evaluate on.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    batch_size = min(batch_size, count)
+
+    def on_batch(start):
+        place = start + jnp.arange(batch_size)
+        batch = jax.tree.map(lambda x: jnp.asarray(x)[place % count], examples)
+        return jax.tree.map(
+            lambda m: jnp.sum(jnp.where(place < count, m, 0), dtype=jnp.float32),
+            metrics(params, batch),
+        )
+
+    sums = jax.lax.map(on_batch, jnp.arange(0, count, batch_size))
+    return jax.tree.map(lambda s: jnp.sum(s) / count, sums)
+
+
+def on_server(
+    metrics: ExampleMetrics, examples: PyTree, *, batch_size: int = 1000
+) -> Callable[[State], dict[str, jax.Array]]:
+    """Evaluates the federated model: `simulate(..., evaluate=on_server(...))`.
+
+    Args:
+      metrics: `(params, batch) -> {name: [B]}`, for instance `model.metrics`.
+      examples: held-out examples, a pytree of `[E, ...]` arrays.
+      batch_size: examples evaluated at once.
+
+    Returns:
+      `state -> {name: float32 []}`.
+    """
+
+    def evaluate(examples, state):
+        return mean_metrics(metrics, state.params, examples, batch_size)
+
+    # Examples as an argument, not a constant of the compiled program.
+    return jax.tree_util.Partial(evaluate, examples)
+
+
+class Comparison(NamedTuple):
+    """The histories of the same model, data and budget in three regimes.
+
+    In each, `history.clients.metrics["probe"]` holds, `[R, K, probes]`, what each node's
+    own model scored on the held-out examples inside and at the end of every round.
+
+    Attributes:
+      federated: nodes that average; `history["accuracy"]` is the federated model.
+      isolated: the same nodes, which never communicate.
+      pooled: one node that holds everything, the benchmark without federation.
+    """
+
+    federated: History
+    isolated: History
+    pooled: History
+
+
+def compare(
+    model: Model,
+    client_optimizer: optax.GradientTransformation,
+    data: ClientData,
+    heldout: PyTree,
+    *,
+    rounds: int,
+    key: jax.Array,
+    server_optimizer: optax.GradientTransformation | None = None,
+    pooled_optimizer: optax.GradientTransformation | None = None,
+    channel: Channel | None = None,
+    chunk_size: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: bool = True,
+    probes: int = 1,
+    **work: Unpack[local.Work],
+) -> Comparison:
+    """Does it work? Federated, isolated and pooled training of one model on one budget.
+
+    All three start from the same parameters, and in every round each passes over the
+    same examples as often.
+
+    Args:
+      model: what is trained.
+      client_optimizer: of every node, in all regimes.
+      data: the population; all of it takes part in every round.
+      heldout: examples that every model is evaluated on.
+      rounds: R.
+      key: of the whole comparison.
+      server_optimizer: of the federation, see `fedavg`.
+      pooled_optimizer: of the pooled benchmark, if another suits it better.
+      channel: of the federation; `mean()` by default.
+      chunk_size: see `federate`.
+      mesh: see `federate`.
+      progress: whether to show a progress bar.
+      probes: evaluations of every node's model inside each round, see `local.Work`.
+      **work: what a node does in a round, see `local.Work`.
+
+    Returns:
+      A `Comparison`.
+    """
+    init_key, run_key = jax.random.split(key)
+    params = model.init(init_key)
+
+    def probe(params):
+        return mean_metrics(model.metrics, params, heldout)
+
+    work = {**work, "probe": probe, "probes": probes}
+    regimes = (
+        (fedavg(model.loss, client_optimizer, server_optimizer, **work), data),
+        (isolated(model.loss, client_optimizer, **work), data),
+        (fedavg(model.loss, pooled_optimizer or client_optimizer, **work), pool(data)),
+    )
+    histories = []
+    for algorithm, nodes in regimes:
+        few = nodes.num_clients == 1
+        federation = federate(
+            algorithm,
+            (channel or mean()) if algorithm is regimes[0][0] else mean(),
+            chunk_size=chunk_size,
+            mesh=None if few else mesh,
+        )
+        _, history = simulate(
+            federation,
+            params,
+            nodes,
+            rounds=rounds,
+            key=run_key,
+            evaluate=on_server(model.metrics, heldout),
+            progress=progress,
+        )
+        histories.append(history)
+    return Comparison(*histories)

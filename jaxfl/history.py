@@ -1,0 +1,83 @@
+"""What a run leaves to look at: plain arrays, and tables of them."""
+
+import csv
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxfl.core import Info
+
+Columns = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """All rounds of a run, R of them, and its n evaluations.
+
+    `history["accuracy"]` is an evaluation's metric, `history.round` where it was made.
+
+    Attributes:
+      clients: the `Info` of every round, stacked `[R, K, ...]`.
+      evaluations: dictionary of `[n, ...]` arrays, what `evaluate` returned.
+      round: int32 `[n]`, how many rounds had been done at each evaluation.
+    """
+
+    clients: Info
+    evaluations: dict[str, Any]
+    round: np.ndarray
+
+    def __getitem__(self, metric: str) -> np.ndarray:
+        if metric not in self.evaluations:
+            raise KeyError(f"no metric {metric!r}, there are {[*self.evaluations]}")
+        return self.evaluations[metric]
+
+    def bits(self) -> Columns:
+        """Bits sent up and down by all clients together, in each round, float64 `[R]`."""
+        return {
+            "up": np.sum(self.clients.bits_up, 1, dtype=np.float64),
+            "down": np.sum(self.clients.bits_down, 1, dtype=np.float64),
+        }
+
+    def evaluation_table(self) -> Columns:
+        """One row an evaluation: the round, and every metric that is one number.
+
+        `pandas.DataFrame(history.evaluation_table())` if you like.
+        """
+        scalars = {k: v for k, v in self.evaluations.items() if np.ndim(v) == 1}
+        return {"round": self.round, **scalars}
+
+    def client_table(self) -> Columns:
+        """One row a client and round: who, what was sent, and every single metric."""
+        rounds, k = self.clients.client.shape
+        columns = {"round": np.repeat(np.arange(1, rounds + 1), k)}
+        named = {**self.clients._asdict(), **self.clients.metrics}
+        for name, values in named.items():
+            if isinstance(values, np.ndarray) and values.ndim == 2:
+                columns[name] = values.reshape(-1)
+        return columns
+
+
+def concatenate(parts: list[tuple[Info, dict]]) -> tuple[Info, dict]:
+    """Consecutive pieces of a run as one."""
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def write_csv(path: str | os.PathLike, columns: Columns) -> None:
+    """Writes a table, all of it or none.
+
+    Args:
+      path: the file; its folder is made if missing.
+      columns: dictionary of arrays of one length.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*(c.tolist() for c in columns.values()), strict=True))
+    os.replace(partial, path)

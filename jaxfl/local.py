@@ -1,0 +1,192 @@
+"""Local training: what one client does between a broadcast and a message."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxfl.core import Metrics, Params
+from jaxfl.data.federated import ClientData
+
+PyTree = Any
+Loss = Callable[[Params, PyTree, jax.Array], jax.Array]
+Gradient = Callable[[Params, PyTree, jax.Array, jax.Array], tuple[jax.Array, Params]]
+
+
+def gradient(loss: Loss) -> Gradient:
+    """The mean loss of a batch's real examples, and its gradient.
+
+    `F(w) = sum_b m_b f(w; z_b) / sum_b m_b`, with `m_b` 0 for the rows that only fill
+    up a ragged client's last batch.
+
+    Args:
+      loss: `(params, batch, key) -> [B]`, one loss for each example.
+
+    Returns:
+      `(params, batch, mask [B], key) -> (mean loss, gradient)`.
+
+    Raises:
+      TypeError: when the loss is called and does not return one number an example.
+    """
+
+    def mean_loss(params, batch, mask, key):
+        losses = loss(params, batch, key)
+        if jnp.shape(losses) != mask.shape:
+            raise TypeError(
+                f"loss must return one loss for each example, shape {mask.shape}, "
+                f"got shape {jnp.shape(losses)}; jaxfl takes the mean itself."
+            )
+        return jnp.sum(jnp.where(mask, losses, 0)) / jnp.maximum(jnp.sum(mask), 1)
+
+    return jax.value_and_grad(mean_loss)
+
+
+class Work(TypedDict, total=False):
+    """How a client works in a round: options that every local trainer shares.
+
+    Attributes:
+      batch_size: B, examples a step; None for all of the client's at once; 32 if not
+        given.
+      epochs: E, passes over the client's data in a round; 1 unless `steps` is given.
+      steps: steps in a round instead, the same number for every client, over as many
+        passes as that needs.
+      shuffle: False to go through the examples in the order in which they are kept.
+      probe: `params -> values`, to look inside the round.
+      probes: how often, at equal distances, the last time after the last step; 5 if
+        not given.
+    """
+
+    batch_size: int | None
+    epochs: int | None
+    steps: int | None
+    shuffle: bool
+    probe: Callable[[Params], PyTree] | None
+    probes: int
+
+
+class Trained(NamedTuple):
+    """What local training gives.
+
+    Attributes:
+      params: the client's model after its last step.
+      metrics: `{"loss": float32 [], "steps": int32 []}`, the mean over the steps of
+        the training loss (NaN if there were none) and their number; and, if probed,
+        `"probe"`, what the probe gave, `[probes, ...]`.
+    """
+
+    params: Params
+    metrics: Metrics
+
+
+def train(
+    key: jax.Array,
+    gradient: Gradient,
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    data: ClientData,
+    **work: Unpack[Work],
+) -> Trained:
+    """Minimises a client's own loss by minibatch steps, the optimiser begun afresh.
+
+    Each pass over the client's n examples goes in a new random order, in ceil(n / B)
+    batches of which the last may be smaller. A client without examples takes no step.
+
+    Where every client has as many examples the number of steps is static and the loop
+    can be differentiated in reverse; ragged clients each stop at their own last step
+    (forward-mode derivatives only).
+
+    Args:
+      key: of this client in this round.
+      gradient: `(params, batch, mask, key) -> (loss, gradient)`, see `gradient`.
+      optimizer: any optax optimiser.
+      params: where to start.
+      data: ONE client's examples.
+      **work: how much and how, see `Work`.
+
+    Returns:
+      A `Trained`.
+
+    Raises:
+      TypeError: if data is not one client's `ClientData`.
+      ValueError: if both epochs and steps are given, or a number is not positive.
+    """
+    check_work(**work)
+    if not isinstance(data, ClientData) or jnp.ndim(data.start) != 0:
+        raise TypeError(f"data must be the ClientData of one client, got {data!r}.")
+    batch = work.get("batch_size", 32) or max(1, data.longest)
+    size = data.size if data.static_size is None else data.static_size
+    per_pass = -(-size // batch)  # an int where clients are alike, else traced
+
+    steps = work.get("steps")
+    if steps is None:
+        passes = work.get("epochs") or 1
+        total = passes * per_pass
+    else:
+        passes = -(-steps // max(1, -(-data.shortest // batch)))
+        total = steps if data.shortest else jnp.where(data.size > 0, steps, 0)
+    order_key, step_key = jax.random.split(key)
+    order = _orders(order_key, data, passes, batch, work.get("shuffle", True))
+
+    def step(i, carry):
+        params, state, loss = carry
+        place = i % _at_least_one(per_pass) * batch + jnp.arange(batch)
+        rows = order[i // _at_least_one(per_pass), place]
+        value, grads = gradient(
+            params,
+            data.take(rows),
+            place < data.size,
+            jax.random.fold_in(step_key, i),
+        )
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss + value
+
+    carry = params, optimizer.init(params), jnp.float32(0)
+    seen, probe = {}, work.get("probe")
+    if probe is None:
+        carry = jax.lax.fori_loop(0, total, step, carry)
+    else:
+        values, probes = [], work.get("probes", 5)
+        for j in range(probes):
+            bounds = j * total // probes, (j + 1) * total // probes
+            carry = jax.lax.fori_loop(*bounds, step, carry)
+            values.append(probe(carry[0]))
+        seen = {"probe": jax.tree.map(lambda *x: jnp.stack(x), *values)}
+    total = jnp.asarray(total, jnp.int32)
+    params, _, loss = carry
+    return Trained(params, {"loss": loss / total, "steps": total, **seen})
+
+
+def check_work(**work: Unpack[Work]) -> None:
+    """Raises, before anything compiles, unless these options make sense together."""
+    unknown = sorted(set(work) - set(Work.__annotations__))
+    if unknown:
+        raise TypeError(f"unknown options {unknown}; there are {[*Work.__annotations__]}.")
+    epochs, steps = work.get("epochs"), work.get("steps")
+    if epochs is not None and steps is not None:
+        raise ValueError(f"give epochs or steps, not both: got {epochs=} and {steps=}.")
+    for name in ("batch_size", "epochs", "steps", "probes"):
+        value = work.get(name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def _at_least_one(n):
+    return max(1, n) if isinstance(n, int) else jnp.maximum(1, n)
+
+
+def _orders(key, data: ClientData, passes: int, batch: int, shuffle: bool):
+    """The order of each pass, `[passes, whole batches]`: the client's rows first."""
+    width = max(1, -(-data.longest // batch)) * batch
+    place = jnp.arange(width, dtype=jnp.int32)
+    if not shuffle or width == batch:  # one batch has no order
+        return jnp.broadcast_to(place, (passes, width))
+
+    def one(key):
+        draw = jax.random.bits(key, (width,))
+        # a stable sort that keeps what is no row of this client behind its rows
+        draw = jnp.where(place < data.size, draw, jnp.uint32(0xFFFFFFFF))
+        return jnp.argsort(draw, stable=True)
+
+    return jax.vmap(one)(jax.random.split(key, passes))

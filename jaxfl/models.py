@@ -1,0 +1,521 @@
+"""Models: a small zoo in Flax, and adapters from a linen, nnx or plain model.
+
+An adapter makes a `Model`, four plain functions, of a network that maps inputs to
+outputs. jaxfl itself needs only `model.loss`; any function of that signature will do.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from jaxfl.conv import matmul_conv, max_pool
+
+Params = Any
+Batch = Any  # {"x": [B, ...], "y": [B, ...]}
+Losses = Callable[[jax.Array, jax.Array], jax.Array]
+Measures = Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
+Initializers = Callable[[int], tuple[Any, Any]]
+
+
+class Model(NamedTuple):
+    """A model as four pure functions of its parameters.
+
+    Attributes:
+      init: `key -> params`, a pytree of arrays.
+      apply: `(params, x, key=None) -> outputs [B, ...]`; with a key the model is in
+        training (dropout is drawn from the key), without one in evaluation.
+      loss: `(params, batch, key) -> float32 [B]`, the training loss of each example.
+        Not their mean: the last batch of a client is padded, and the mean is taken over
+        the examples that are real.
+      metrics: `(params, batch) -> {"loss": [B], "accuracy": [B]}` in evaluation, for
+        each example.
+    """
+
+    init: Callable[[jax.Array], Params]
+    apply: Callable[..., jax.Array]
+    loss: Callable[[Params, Batch, jax.Array], jax.Array]
+    metrics: Callable[[Params, Batch], dict[str, jax.Array]]
+
+
+# ------------------------------------------------------------------------- the zoo
+
+
+def lecun_normal(fan_in: int) -> tuple[Any, Any]:
+    """Flax's default: weights normal with variance 1 / fan_in, biases zero.
+
+    Args:
+      fan_in: number of inputs of one output.
+
+    Returns:
+      The initializer of the weights and that of the biases.
+
+    Example:
+      >>> _, bias = lecun_normal(4)
+      >>> bias(jax.random.key(0), (2,))
+      Array([0., 0.], dtype=float32)
+    """
+    del fan_in  # Flax reads it off the kernel's shape
+    return nn.initializers.lecun_normal(), nn.initializers.zeros
+
+
+def torch_uniform(fan_in: int) -> tuple[Any, Any]:
+    """PyTorch's default: weights and biases uniform in ±1 / sqrt(fan_in).
+
+    Args:
+      fan_in: number of inputs of one output.
+
+    Returns:
+      The initializer of the weights and that of the biases.
+
+    Example:
+      >>> weights, _ = torch_uniform(4)
+      >>> float(jnp.abs(weights(jax.random.key(0), (4, 1000))).max()) <= 0.5
+      True
+    """
+    bound = fan_in**-0.5
+
+    def uniform(key, shape, dtype=jnp.float32, **_):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return uniform, uniform
+
+
+class MLP(nn.Module):
+    """Dense layers with ReLU between them, see `mlp`."""
+
+    hidden: Sequence[int]
+    num_classes: int
+    initializers: Initializers = lecun_normal
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0], -1)
+        for size in self.hidden:
+            x = nn.relu(
+                nn.Dense(size, **_kernel_and_bias(self.initializers, x.shape[-1]))(x)
+            )
+        return nn.Dense(
+            self.num_classes, **_kernel_and_bias(self.initializers, x.shape[-1])
+        )(x)
+
+
+class CNN(nn.Module):
+    """Two convolutions and two dense layers, see `cnn`."""
+
+    num_classes: int
+    initializers: Initializers = lecun_normal
+    convolution: Callable[..., jax.Array] = matmul_conv
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if x.ndim != 4:
+            raise ValueError(f"x must be images [B, H, W, C], got shape {x.shape}.")
+        for features in 32, 64:
+            x = nn.Conv(
+                features,
+                kernel_size=(5, 5),
+                conv_general_dilated=self.convolution,
+                **_kernel_and_bias(self.initializers, 25 * x.shape[-1]),
+            )(x)
+            x = nn.relu(max_pool(x))  # the same as ReLU first, on a quarter of it
+        return MLP((512,), self.num_classes, self.initializers)(x)
+
+
+def _kernel_and_bias(init: Initializers, fan_in: int) -> dict[str, Any]:
+    kernel, bias = init(fan_in)
+    return {"kernel_init": kernel, "bias_init": bias}
+
+
+def logistic_regression(
+    num_classes: int = 10, *, init: Initializers = lecun_normal
+) -> MLP:
+    """Multinomial logistic regression: one dense layer on the flattened input.
+
+    Args:
+      num_classes: number of outputs.
+      init: as in `mlp`.
+
+    Returns:
+      A linen module, `[B, ...] -> logits [B, num_classes]`.
+
+    Example:
+      >>> model = from_linen(logistic_regression(), jnp.zeros((1, 28, 28, 1)))
+      >>> optax.tree.size(model.init(jax.random.key(0)))
+      7850
+    """
+    return mlp((), num_classes, init=init)
+
+
+def mlp(
+    hidden: Sequence[int] = (256, 128),
+    num_classes: int = 10,
+    *,
+    init: Initializers = lecun_normal,
+) -> MLP:
+    """A multilayer perceptron on the flattened input, with ReLU.
+
+    Args:
+      hidden: sizes of the hidden layers.
+      num_classes: number of outputs.
+      init: `fan_in -> (initializer of the weights, of the biases)`, for instance
+        `lecun_normal` or `torch_uniform`.
+
+    Returns:
+      A linen module, `[B, ...] -> logits [B, num_classes]`.
+
+    Example:
+      >>> model = from_linen(mlp(init=torch_uniform), jnp.zeros((1, 28, 28, 1)))
+      >>> optax.tree.size(model.init(jax.random.key(0)))
+      235146
+    """
+    return MLP(tuple(hidden), num_classes, init)
+
+
+def two_nn(num_classes: int = 10, *, init: Initializers = lecun_normal) -> MLP:
+    """The 2NN: two hidden layers of 200 units each, with ReLU.
+
+    Args:
+      num_classes: number of outputs.
+      init: as in `mlp`.
+
+    Returns:
+      A linen module, `[B, ...] -> logits [B, num_classes]`; 199,210 parameters on
+      28 x 28 inputs.
+
+    Example:
+      >>> model = from_linen(two_nn(), jnp.zeros((1, 28, 28, 1)))
+      >>> optax.tree.size(model.init(jax.random.key(0)))
+      199210
+
+    Reference:
+      McMahan, Moore, Ramage, Hampson and Arcas (2017), Communication-Efficient Learning
+      of Deep Networks from Decentralized Data, arXiv:1602.05629, section 3.
+    """
+    return mlp((200, 200), num_classes, init=init)
+
+
+def cnn(
+    num_classes: int = 10,
+    *,
+    init: Initializers = lecun_normal,
+    convolution: Callable[..., jax.Array] = matmul_conv,
+) -> CNN:
+    """The CNN: 5x5 convolutions of 32 and 64 channels, 2x2 pools, a layer of 512.
+
+    Args:
+      num_classes: number of outputs.
+      init: as in `mlp`.
+      convolution: the convolution itself, for instance `jax.lax.conv_general_dilated`.
+
+    Returns:
+      A linen module, `[B, H, W, C] -> logits [B, num_classes]`, H and W multiples of 4;
+      1,663,370 parameters on 28 x 28 x 1 inputs.
+
+    Example:
+      >>> model = from_linen(cnn(), jnp.zeros((1, 28, 28, 1)))
+      >>> optax.tree.size(model.init(jax.random.key(0)))
+      1663370
+
+    Reference:
+      McMahan, Moore, Ramage, Hampson and Arcas (2017), Communication-Efficient Learning
+      of Deep Networks from Decentralized Data, arXiv:1602.05629, section 3.
+    """
+    return CNN(num_classes, init, convolution)
+
+
+# ------------------------------------------------- what is done before and after it
+
+
+def scale(x: jax.Array) -> jax.Array:
+    """Bytes to float32 in [0, 1]; anything else is left as it is.
+
+    Args:
+      x: inputs, of any shape.
+
+    Returns:
+      `x / 255` if `x` is uint8, else `x`.
+
+    Example:
+      >>> scale(jnp.array([0, 255], jnp.uint8))
+      Array([0., 1.], dtype=float32)
+    """
+    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
+
+
+def standardize(mean: Any, std: Any) -> Callable[[jax.Array], jax.Array]:
+    """Inputs to mean 0 and deviation 1: `x -> (scale(x) - mean) / std`.
+
+    Args:
+      mean: of the scaled inputs; a number or an array that broadcasts, such as `[C]`.
+      std: their standard deviation, likewise.
+
+    Returns:
+      A function for the argument `preprocess` of the adapters.
+
+    Example:
+      >>> standardize(0.5, 0.25)(jnp.array([0, 255], jnp.uint8))
+      Array([-2.,  2.], dtype=float32)
+    """
+    return lambda x: (scale(x) - mean) / std
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Softmax cross-entropy of each example, in nats.
+
+    `f_b = log sum_c exp(z_bc) - z_b,y_b`, and its mean over any further axes (the
+    tokens of a sequence).
+
+    Args:
+      logits: `[B, ..., C]`.
+      labels: class numbers, `[B, ...]`.
+
+    Returns:
+      `float32 [B]`.
+
+    Example:
+      >>> cross_entropy(jnp.zeros((2, 4)), jnp.array([0, 3]))
+      Array([1.3862944, 1.3862944], dtype=float32)
+    """
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), labels
+    )
+    return _per_example(losses)
+
+
+def accuracy(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+    """Whether the greatest logit is that of the label.
+
+    Args:
+      logits: `[B, ..., C]`.
+      labels: class numbers, `[B, ...]`.
+
+    Returns:
+      `{"accuracy": float32 [B]}`, the mean over any further axes.
+
+    Example:
+      >>> accuracy(jnp.eye(2), jnp.array([0, 0]))
+      {'accuracy': Array([1., 0.], dtype=float32)}
+    """
+    return {"accuracy": _per_example(jnp.argmax(logits, -1) == labels)}
+
+
+def _per_example(x: jax.Array) -> jax.Array:
+    return jnp.mean(x, axis=range(1, x.ndim), dtype=jnp.float32)
+
+
+# ---------------------------------------------------------------------- the adapters
+
+
+def from_function(
+    init: Callable[[jax.Array], Params],
+    apply: Callable[[Params, jax.Array, jax.Array | None], jax.Array],
+    *,
+    loss: Losses = cross_entropy,
+    metrics: Measures = accuracy,
+    preprocess: Callable[[jax.Array], jax.Array] = scale,
+) -> Model:
+    """A `Model` of two plain functions.
+
+    Args:
+      init: `key -> params`.
+      apply: `(params, x, key) -> outputs`; the key is None in evaluation.
+      loss: `(outputs, y) -> [B]`, one loss for each example.
+      metrics: `(outputs, y) -> {name: [B]}`, to be reported beside the loss.
+      preprocess: `x -> x`, before anything else.
+
+    Returns:
+      The model; make it once, as a function made anew is compiled anew.
+
+    Raises:
+      TypeError: `apply` does not take three arguments.
+
+    Example:
+      >>> model = from_function(
+      ...     init=lambda key: {"w": jnp.zeros((4, 3)), "b": jnp.zeros(3)},
+      ...     apply=lambda params, x, key: x @ params["w"] + params["b"],
+      ... )
+      >>> batch = {"x": jnp.ones((2, 4)), "y": jnp.array([0, 1])}
+      >>> model.metrics(model.init(jax.random.key(0)), batch)["accuracy"]
+      Array([1., 0.], dtype=float32)
+    """
+    try:
+        inspect.signature(apply).bind(None, None, None)
+    except TypeError as error:
+        raise TypeError(
+            "apply must take (params, x, key), where a model without randomness "
+            f"ignores the key; got {inspect.signature(apply)}."
+        ) from error
+
+    def outputs(params, x, key=None):
+        return apply(params, preprocess(x), key)
+
+    def losses(params, batch, key):
+        return loss(outputs(params, batch["x"], key), batch["y"]).astype(jnp.float32)
+
+    def measures(params, batch):
+        out, y = outputs(params, batch["x"]), batch["y"]
+        return {"loss": loss(out, y).astype(jnp.float32), **metrics(out, y)}
+
+    return Model(init, outputs, losses, measures)
+
+
+def from_linen(
+    module: nn.Module,
+    example_x: Any,
+    *,
+    loss: Losses = cross_entropy,
+    metrics: Measures = accuracy,
+    preprocess: Callable[[jax.Array], jax.Array] = scale,
+) -> Model:
+    """A `Model` of a Flax linen module.
+
+    A module that behaves differently in training takes a keyword `train` (or
+    `training`, or its opposite `deterministic`) in `__call__`, as usual in linen: it is
+    set by the adapter. Every stream of random numbers (`dropout`, ...) comes from the
+    key of the call.
+
+    Args:
+      module: `x -> outputs`, with parameters and no other variables.
+      example_x: an input, `[B, ...]`, of which only shape and dtype matter.
+      loss: as in `from_function`.
+      metrics: as in `from_function`.
+      preprocess: as in `from_function`.
+
+    Returns:
+      The model, whose params are the module's `"params"` collection.
+
+    Raises:
+      TypeError: `module` is not an instance of a linen module.
+      ValueError: the module has other variables, such as batch statistics.
+
+    Example:
+      >>> model = from_linen(two_nn(), jnp.zeros((1, 28, 28, 1), jnp.uint8))
+      >>> params = model.init(jax.random.key(0))
+      >>> model.apply(params, jnp.zeros((5, 28, 28, 1), jnp.uint8)).shape
+      (5, 10)
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"module must be an instance of flax.linen.Module, got {module!r}."
+        )
+    mode = _mode_argument(type(module))
+
+    def variables(key):
+        x = preprocess(jnp.zeros(example_x.shape, example_x.dtype))
+        return module.init(key, x, **mode(False))
+
+    _refuse_state(set(jax.eval_shape(variables, jax.random.key(0))) - {"params"})
+
+    def init(key):
+        return variables(key)["params"]
+
+    def apply(params, x, key):
+        # linen falls back on the key of "params" for every stream it is not given.
+        rngs = None if key is None else {"params": key}
+        return module.apply({"params": params}, x, rngs=rngs, **mode(key is not None))
+
+    return from_function(init, apply, loss=loss, metrics=metrics, preprocess=preprocess)
+
+
+def from_nnx(
+    make_module: Callable[..., Any],
+    *,
+    loss: Losses = cross_entropy,
+    metrics: Measures = accuracy,
+    preprocess: Callable[[jax.Array], jax.Array] = scale,
+) -> Model:
+    """A `Model` of a Flax nnx module.
+
+    Training and evaluation are `module.train()` and `module.eval()`; a keyword `train`,
+    `training` or `deterministic` of `__call__` is set too. Every stream of random
+    numbers comes from the key of the call.
+
+    Args:
+      make_module: `rngs=nnx.Rngs -> module`, called by keyword: a module's class, or
+        `functools.partial(Net, 784, 10)`. Not a module, which has been initialised.
+      loss: as in `from_function`.
+      metrics: as in `from_function`.
+      preprocess: as in `from_function`.
+
+    Returns:
+      The model, whose params are nested dicts of arrays: the module's `nnx.Param`.
+
+    Raises:
+      TypeError: `make_module` is a module, or makes none.
+      ValueError: the module has other variables, such as batch statistics.
+
+    Example:
+      >>> import functools
+      >>> from flax import nnx
+      >>> model = from_nnx(functools.partial(nnx.Linear, 4, 3))
+      >>> jax.tree.map(jnp.shape, model.init(jax.random.key(0)))
+      {'bias': (3,), 'kernel': (4, 3)}
+    """
+    from flax import nnx  # a fifth of the time to import jax, flax and optax
+
+    if isinstance(make_module, nnx.Module):
+        raise TypeError(
+            "make_module must make a module, so that init(key) can draw its "
+            "parameters; got a module. Pass its class, or functools.partial(Net, ...)."
+        )
+
+    def split(key):
+        module = make_module(rngs=nnx.Rngs(key))
+        if not isinstance(module, nnx.Module):
+            raise TypeError(f"make_module must make a flax.nnx.Module, got {module!r}.")
+        mode = _mode_argument(type(module))
+        return mode, nnx.split(module, nnx.Param, nnx.RngState, ...)
+
+    # Only shapes: nothing is computed, nothing of the trace is kept but the structure.
+    static = []
+
+    def structure(key):
+        mode, (graph, _, rng, rest) = split(key)
+        static[:] = mode, graph
+        return nnx.to_pure_dict(rng), nnx.to_pure_dict(rest)
+
+    rng, rest = jax.eval_shape(structure, jax.random.key(0))
+    mode, graph = static
+    _refuse_state(jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(rest))
+
+    def init(key):
+        return nnx.to_pure_dict(split(key)[1][1])
+
+    def apply(params, x, key):
+        keys = jax.random.key(0) if key is None else key
+        leaves, treedef = jax.tree.flatten(rng)
+        fresh = [
+            jax.random.split(jax.random.fold_in(keys, i), leaf.shape)
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else jnp.zeros(leaf.shape, leaf.dtype)
+            for i, leaf in enumerate(leaves)
+        ]
+        module = nnx.merge(graph, params, jax.tree.unflatten(treedef, fresh))
+        module.eval() if key is None else module.train()
+        return module(x, **mode(key is not None))
+
+    return from_function(init, apply, loss=loss, metrics=metrics, preprocess=preprocess)
+
+
+def _mode_argument(module: type) -> Callable[[bool], dict[str, bool]]:
+    """How to tell a module's `__call__` that it is in training."""
+    names = inspect.signature(module.__call__).parameters  # pyright: ignore
+
+    def mode(train):
+        flags = {"train": train, "training": train, "deterministic": not train}
+        return {name: flag for name, flag in flags.items() if name in names}
+
+    return mode
+
+
+def _refuse_state(names) -> None:
+    if names := sorted(names):
+        raise ValueError(
+            f"module must have no variables but parameters, got {', '.join(names)}: "
+            "jaxfl does not average batch statistics. Use GroupNorm or LayerNorm."
+        )

@@ -1,0 +1,509 @@
+"""The round: an algorithm, a channel and an aggregator composed over a cohort."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxfl import tree
+from jaxfl.aggregate import total
+from jaxfl.core import (
+    Aggregator,
+    Algorithm,
+    Channel,
+    ClientState,
+    Cohort,
+    Context,
+    Data,
+    Federation,
+    Info,
+    Message,
+    Outcome,
+    Params,
+    ServerState,
+    State,
+    server_context,
+)
+from jaxfl.data.federated import ClientData
+
+PyTree = Any
+
+AXIS = "clients"
+# A client id that no population has: writes to it are out of range, and dropped.
+NOBODY = jnp.iinfo(jnp.int32).max
+
+
+def client_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh that spreads clients over devices, all of them by default.
+
+    On a CPU, `jax.config.update("jax_num_cpu_devices", cores)` before JAX is used
+    makes each core a device, the fastest way to run many small clients there.
+    """
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(
+        (len(devices),), (AXIS,), (jax.sharding.AxisType.Auto,), devices=devices
+    )
+
+
+def map_clients(
+    fn: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    shared: PyTree,
+    xs: PyTree,
+    *,
+    chunk_size: int | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[PyTree, PyTree]:
+    """Maps a function over clients; sums one part of what it gives, stacks the other.
+
+    `sum_i fn(shared, x_i)[0]` and `[fn(shared, x_i)[1] for i in range(K)]`. This is
+    all that `federate` asks of the machine. A round that fits no slot of `federate`
+    can be written by hand on it, and is as fast.
+
+    Memory grows with `chunk_size` times what one client needs, not with K: sums are
+    streamed. Sums of 16-bit floats are kept in float32 until the end; of flags, counted.
+
+    Args:
+      fn: `(shared, x_i) -> (to_sum, to_stack)`, for one client.
+      shared: pytree that every client sees, the same on every device.
+      xs: pytree of `[K, ...]` arrays.
+      chunk_size: clients vmapped at once, on each device; None for all, 1 for one
+        after another. It must divide K / devices.
+      mesh: a one-dimensional mesh over `"clients"`, see `client_mesh`.
+
+    Returns:
+      The sum, without the client axis, and the stack `[K, ...]`.
+
+    Raises:
+      ValueError: if the chunks or the devices do not divide K.
+
+    >>> def client(shared, x):
+    ...     return shared * x, x**2
+    >>> summed, stacked = map_clients(client, 10.0, jnp.arange(4.0), chunk_size=2)
+    >>> summed.item(), stacked.tolist()
+    (60.0, [0.0, 1.0, 4.0, 9.0])
+    """
+    k = jax.tree.leaves(xs)[0].shape[0]
+    devices = 1 if mesh is None else mesh.shape[AXIS]
+    if k % devices:
+        raise ValueError(f"mesh: {devices} devices must divide the {k} clients of xs.")
+    chunk = k // devices if chunk_size is None else chunk_size
+    if chunk < 1 or (k // devices) % chunk:
+        raise ValueError(
+            f"chunk_size: {chunk} must divide the {k // devices} clients of a device."
+        )
+    if mesh is None:
+        return _map_chunks(fn, shared, xs, chunk)
+
+    def on_device(shared, xs):
+        summed, stacked = _map_chunks(fn, shared, xs, chunk)
+        return jax.lax.psum(summed, AXIS), stacked
+
+    # Without check_vma=False a gradient with respect to `shared` would be summed over
+    # devices, and a client's own loop, begun from zeros, would be refused under a mesh.
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(P(), P(AXIS)),
+        out_specs=(P(), P(AXIS)),
+        check_vma=False,
+    )(shared, xs)
+
+
+def _map_chunks(fn, shared, xs, chunk: int):
+    """`map_clients` on one device: a scan over chunks, each a vmap over its clients."""
+    k = jax.tree.leaves(xs)[0].shape[0]
+
+    def add_up(x):
+        return jnp.sum(x, 0, dtype=_accumulator(x.dtype))
+
+    def on_chunk(x):
+        if chunk == 1:  # no vmap: a loop's own trip count, a conditional's own branch
+            summed, stacked = fn(shared, jax.tree.map(lambda a: a[0], x))
+            return jax.tree.map(lambda a: a.astype(_accumulator(a.dtype)), summed), (
+                jax.tree.map(lambda a: a[None], stacked)
+            )
+        summed, stacked = jax.vmap(fn, (None, 0))(shared, x)
+        return jax.tree.map(add_up, summed), stacked
+
+    one = jax.eval_shape(fn, shared, jax.tree.map(lambda a: a[0], xs))[0]
+    if chunk == k:
+        summed, stacked = on_chunk(xs)
+    else:
+
+        def body(carry, x):
+            summed, stacked = on_chunk(x)
+            return jax.tree.map(jnp.add, carry, summed), stacked
+
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, _accumulator(x.dtype)), one)
+        chunks = jax.tree.map(lambda a: a.reshape(-1, chunk, *a.shape[1:]), xs)
+        summed, stacked = jax.lax.scan(body, zero, chunks)
+        stacked = jax.tree.map(lambda a: a.reshape(k, *a.shape[2:]), stacked)
+
+    def settle(x, to):
+        return x if to.dtype == bool else x.astype(to.dtype)
+
+    return jax.tree.map(settle, summed, one), stacked
+
+
+def _accumulator(dtype):
+    """Flags are counted, and sums of 16-bit floats would lose what is small."""
+    if dtype == bool:
+        return jnp.dtype(jnp.int32)
+    narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+    return jnp.dtype(jnp.float32) if narrow else dtype
+
+
+def federate(
+    algorithm: Algorithm,
+    channel: Channel,
+    aggregator: Aggregator | None = None,
+    *,
+    chunk_size: int | None = None,
+    mesh: Mesh | None = None,
+) -> Federation:
+    """Composes the round function of a federation.
+
+    One round, for a cohort S of K clients: broadcast the server's state; at every
+    client of S train (`algorithm.client`) and encode (`channel.encode`, left to
+    right); aggregate what was sent; decode (right to left); step
+    (`algorithm.server`); give back (`algorithm.receive`).
+
+    What holds whatever the parts are:
+      - All randomness of a client is `fold_in(round_key, population_id)`, so a run is
+        the same for every chunk size, mesh and order of the cohort.
+      - A client that is not alive is as one never asked, even if its data is NaN.
+      - An update that is not finite is dropped and counted in `info.rejected`; its
+        client's state stays as it was.
+      - A round in which nothing is delivered leaves the algorithm's state as it was.
+
+    Args:
+      algorithm: what is computed.
+      channel: what happens to messages; `chain` composes several.
+      aggregator: how many messages become one; `total()`, their sum, by default.
+      chunk_size: execution plan: clients vmapped at once on each device. None, all at
+        once, suits accelerators; 1, one after another, suits CPU cores.
+      mesh: execution plan: devices to spread the cohort over, see `client_mesh`.
+        A cohort that does not fill the chunks or devices is padded inside.
+
+    Returns:
+      A `Federation(init, round)`.
+
+    Raises:
+      TypeError: if a part is not of its type.
+      ValueError: if chunk_size is not positive, or mesh has no axis "clients".
+
+    >>> import optax
+    >>> from jaxfl import fedavg, from_arrays, mean
+    >>> def loss(w, batch, key):
+    ...     return 0.5 * (w - batch["y"]) ** 2
+    >>> federation = federate(fedavg(loss, optax.sgd(1.0), batch_size=None), mean())
+    >>> y = jnp.array([1.0, 2.0, 6.0])
+    >>> data = from_arrays(y, y, [0, 0, 1])  # client 0 has two examples
+    >>> state = federation.init(jnp.float32(0.0), data)
+    >>> everyone = Cohort(jnp.arange(2), data, jnp.ones(2), jnp.array([True, True]))
+    >>> state, info = federation.round(jax.random.key(0), state, everyone)
+    >>> state.params.item()  # the mean of the clients' means, 1.5 and 6
+    3.75
+    """
+    aggregator = total() if aggregator is None else aggregator
+    for name, part, kind in (
+        ("algorithm", algorithm, Algorithm),
+        ("channel", channel, Channel),
+        ("aggregator", aggregator, Aggregator),
+    ):
+        if not isinstance(part, kind):
+            raise TypeError(f"{name} must be a jaxfl.{kind.__name__}, got {part!r}.")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
+    if mesh is not None and tuple(mesh.axis_names) != (AXIS,):
+        raise ValueError(
+            f"mesh must have the one axis {AXIS!r}, got {mesh.axis_names}: "
+            "see jaxfl.client_mesh."
+        )
+
+    def init(params: Params, data: Data) -> State:
+        n = population_size(data)
+        server, own = algorithm.init(params)
+
+        def payload_of_one(server, own, data):
+            nobody = jnp.zeros(1, jnp.int32)
+            ctx = server_context(
+                jax.random.key(0), jnp.int32(0), nobody, nobody > 0, jnp.int32(n)
+            )
+            shared, rows = _separate(data)
+            one = _rejoin(shared, jax.tree.map(lambda x: x[0], rows))
+            return algorithm.client(ctx, algorithm.broadcast(server), own, one)[0]
+
+        shape = jax.eval_shape(payload_of_one, server, own, data)
+        payload = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
+        channel_server, channel_own = channel.init(payload)
+
+        def stack(x):
+            return jnp.broadcast_to(x, (n, *jnp.shape(x)))
+
+        return State(
+            round=jnp.int32(0),
+            population=jnp.int32(n),
+            server=jax.tree.map(
+                _strong, ServerState(server, channel_server, aggregator.init(payload))
+            ),
+            clients=jax.tree.map(
+                stack, jax.tree.map(_strong, ClientState(own, channel_own))
+            ),
+        )
+
+    def at_client(seen, x):
+        """One client of the cohort, from its data to its message."""
+        ctx, client_key, broadcast, channel_server, examples = seen
+        client, own, data, weight, alive = x
+        key = jax.random.fold_in(client_key, client)
+        train_key, send_key = jax.random.split(key)
+        ctx = ctx._replace(client=client)
+
+        payload, own_algorithm, metrics = algorithm.client(
+            ctx._replace(key=train_key),
+            broadcast,
+            own.algorithm,
+            _rejoin(examples, data),
+        )
+        finite = tree.is_finite(payload)
+        weight = jnp.where(alive & finite, weight, 0.0)
+        bits = jnp.where(weight > 0, jnp.float32(tree.num_bits(payload)), 0.0)
+        message, own_channel, report = channel.encode(
+            ctx._replace(key=send_key),
+            Message(tree.mask(finite, payload), weight, bits),
+            channel_server,
+            own.channel,
+        )
+        finite &= tree.is_finite(message.payload)
+        done = alive & finite
+        sent = done & (message.weight > 0)
+        payload = tree.mask(sent, message.payload)
+        own = optax.tree.where(done, ClientState(own_algorithm, own_channel), own)
+
+        to_sum = tree.mask(sent, report), payload if aggregator.linear else ()
+        to_stack = (
+            () if aggregator.linear else payload,
+            own,
+            sent,
+            alive & ~finite,
+            jnp.where(alive, message.bits, 0.0),
+            _blank_unless(alive, metrics),
+            _blank_unless(alive, report),
+        )
+        return to_sum, to_stack
+
+    def round(key: jax.Array, state: State, cohort: Cohort) -> tuple[State, Info]:
+        k = _check_cohort(cohort)
+        server, population = state.server, state.population
+        client_key, server_key = jax.random.split(jax.random.fold_in(key, state.round))
+
+        cohort = _pad(cohort, chunk_size, mesh)
+        ctx = server_context(
+            server_key, state.round, cohort.client, cohort.alive, population
+        )
+        aggregate_key, decode_key, step_key = jax.random.split(ctx.key, 3)
+        broadcast = algorithm.broadcast(server.algorithm)
+        examples, rows = _separate(cohort.data)
+        own = jax.tree.map(
+            lambda x: x.at[cohort.client].get(mode="clip"), state.clients
+        )
+
+        (reports, summed), stacked = map_clients(
+            at_client,
+            (ctx, client_key, broadcast, server.channel, examples),
+            (cohort.client, own, rows, cohort.weight, cohort.alive),
+            chunk_size=_chunk(cohort, chunk_size, mesh),
+            mesh=mesh,
+        )
+        cohort, stacked = jax.tree.map(
+            lambda x: x[:k], (cohort._replace(data=()), stacked)
+        )
+        payloads, own, sent, rejected, bits_up, metrics, each = stacked
+        ctx = ctx._replace(roster=cohort.client, alive=cohort.alive)
+
+        payload, delivered, aggregator_state = aggregator.apply(
+            ctx._replace(key=aggregate_key),
+            summed if aggregator.linear else payloads,
+            sent,
+            server.aggregator,
+        )
+        payload, channel_server = channel.decode(
+            ctx._replace(key=decode_key), payload, server.channel, reports
+        )
+        stepped = algorithm.server(
+            ctx._replace(key=step_key),
+            server.algorithm,
+            Outcome(payload, sent, delivered),
+        )
+        stepped = _same(server.algorithm, stepped, "algorithm.server")
+        stepped = optax.tree.where(jnp.any(delivered), stepped, server.algorithm)
+        given = jax.vmap(algorithm.receive, (None, 0, 0))(
+            stepped, own.algorithm, delivered
+        )
+        own = own._replace(
+            algorithm=tree.where_rows(cohort.alive, given, own.algorithm)
+        )
+
+        new = State(
+            state.round + 1,
+            population,
+            ServerState(
+                stepped,
+                _same(server.channel, channel_server, "channel.decode"),
+                _same(server.aggregator, aggregator_state, "aggregator.apply"),
+            ),
+            jax.tree.map(
+                lambda all, mine: all.at[cohort.client].set(mine, mode="drop"),
+                state.clients,
+                own,
+            ),
+        )
+        bits_down = jnp.where(cohort.alive, jnp.float32(tree.num_bits(broadcast)), 0.0)
+        info = Info(
+            client=cohort.client,
+            alive=cohort.alive,
+            sent=sent,
+            delivered=delivered,
+            rejected=rejected,
+            bits_up=bits_up,
+            bits_down=bits_down,
+            metrics=metrics,
+            reports=each,
+        )
+        return new, info
+
+    return Federation(init, round, mesh)
+
+
+def population_size(data: Data) -> int:
+    """N (or K), the length of the client axis of a population's (cohort's) data."""
+    leaves = jax.tree.leaves(_separate(data)[1])
+    if not leaves or any(jnp.ndim(x) == 0 for x in leaves):
+        raise ValueError("data must be a ClientData, or arrays with a client axis.")
+    sizes = {x.shape[0] for x in leaves}
+    if len(sizes) > 1:
+        raise ValueError(f"data: its client axes differ in length: {sorted(sizes)}.")
+    return sizes.pop()
+
+
+def select_clients(data: Data, client: jax.Array) -> Data:
+    """The data of the clients with these ids, `[K]`."""
+    shared, rows = _separate(data)
+    return _rejoin(shared, jax.tree.map(lambda x: jnp.asarray(x)[client], rows))
+
+
+def _is_client_data(x) -> bool:
+    return isinstance(x, ClientData)
+
+
+def _separate(data: Data) -> tuple[PyTree, PyTree]:
+    """What all clients share (the examples), and what each has (its ranges)."""
+
+    def shared(d):
+        return (d.examples, d.index) if _is_client_data(d) else ()
+
+    def rows(d):
+        if _is_client_data(d):
+            return dataclasses.replace(d, examples=None, index=None)
+        return d
+
+    return (
+        jax.tree.map(shared, data, is_leaf=_is_client_data),
+        jax.tree.map(rows, data, is_leaf=_is_client_data),
+    )
+
+
+def _rejoin(shared: PyTree, rows: PyTree) -> Data:
+    """The inverse of `_separate`, for one client."""
+
+    def join(d, s):
+        if _is_client_data(d):
+            return dataclasses.replace(d, examples=s[0], index=s[1])
+        return d
+
+    return jax.tree.map(join, rows, shared, is_leaf=_is_client_data)
+
+
+def _check_cohort(cohort: Cohort) -> int:
+    k = population_size(cohort.data)
+    for name in ("client", "weight", "alive"):
+        shape = jnp.shape(getattr(cohort, name))
+        if shape != (k,):
+            raise ValueError(
+                f"cohort.{name} must have shape ({k},), one entry a client of "
+                f"cohort.data, got {shape}."
+            )
+    return k
+
+
+def _chunk(cohort: Cohort, chunk_size: int | None, mesh: Mesh | None) -> int:
+    """Clients vmapped at once on a device: never more than it is given."""
+    devices = 1 if mesh is None else mesh.shape[AXIS]
+    per_device = -(-cohort.client.shape[0] // devices)
+    return per_device if chunk_size is None else min(chunk_size, per_device)
+
+
+def _pad(cohort: Cohort, chunk_size: int | None, mesh: Mesh | None) -> Cohort:
+    """Fills the last chunk of every device with clients that are nobody."""
+    devices = 1 if mesh is None else mesh.shape[AXIS]
+    multiple = devices * _chunk(cohort, chunk_size, mesh)
+    k = cohort.client.shape[0]
+    extra = -k % multiple
+    cohort = cohort._replace(client=jnp.asarray(cohort.client, jnp.int32))
+    if extra == 0:
+        return cohort
+    examples, rows = _separate(cohort.data)
+    last = jnp.minimum(jnp.arange(k + extra), k - 1)
+    real = jnp.arange(k + extra) < k
+    rows, client, weight, alive = jax.tree.map(
+        lambda x: jnp.asarray(x)[last],
+        (rows, cohort.client, cohort.weight, cohort.alive),
+    )
+    return Cohort(
+        jnp.where(real, client, NOBODY), _rejoin(examples, rows), weight, alive & real
+    )
+
+
+def _blank_unless(flag: jax.Array, values: PyTree) -> PyTree:
+    """Values to look at: NaN, or the integer 0, where there are none."""
+
+    def blank(x):
+        x = jnp.asarray(x)
+        inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+        return jnp.where(flag, x, jnp.full_like(x, jnp.nan if inexact else 0))
+
+    return jax.tree.map(blank, values)
+
+
+def _strong(x) -> jax.Array:
+    """An array of its own dtype: a Python scalar's would give way to any other."""
+    x = jnp.asarray(x)
+    weak = getattr(x, "weak_type", False)  # which a random key has not
+    return jax.lax.convert_element_type(x, x.dtype) if weak else x
+
+
+def _same(old: PyTree, new: PyTree, name: str) -> PyTree:
+    """`new`, which must be like `old`: a state is carried from round to round."""
+    before, after = jax.tree.structure(old), jax.tree.structure(new)
+    if before != after:
+        raise TypeError(
+            f"{name} must return a state of the structure it got: {before}, not {after}."
+        )
+
+    def leaf(path, a, b):
+        b = jnp.asarray(b)
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            where = jax.tree_util.keystr(path)
+            raise TypeError(
+                f"{name} must keep the shapes and dtypes of its state; {where} was "
+                f"{a.dtype}{list(a.shape)} and became {b.dtype}{list(b.shape)}."
+            )
+        return b
+
+    return jax.tree_util.tree_map_with_path(leaf, old, new)

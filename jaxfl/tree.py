@@ -1,0 +1,64 @@
+"""Helpers for pytrees of arrays, where `optax.tree` has none."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+def is_finite(tree: PyTree) -> jax.Array:
+    """Whether every inexact number in the tree is finite, bool `[]`.
+
+    >>> is_finite({"w": jnp.ones(3), "n": jnp.arange(2)})
+    Array(True, dtype=bool)
+    >>> is_finite({"w": jnp.array([1.0, jnp.inf])})
+    Array(False, dtype=bool)
+    """
+    finite = jnp.array(True)
+    for x in jax.tree.leaves(tree):
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            finite &= jnp.all(jnp.isfinite(x))
+    return finite
+
+
+def num_bits(tree: PyTree) -> int:
+    """The length of all arrays of the tree in their own dtypes, in bits.
+
+    >>> num_bits({"w": jnp.zeros((3, 2)), "b": jnp.zeros(2, jnp.bfloat16)})
+    224
+    """
+    return sum(8 * x.dtype.itemsize * x.size for x in jax.tree.leaves(tree))
+
+
+def mask(flag: jax.Array, tree: PyTree) -> PyTree:
+    """The tree where the flag holds, zeros elsewhere; never a product with a NaN.
+
+    >>> mask(jnp.array(False), jnp.array([jnp.nan, 1.0])).tolist()
+    [0.0, 0.0]
+    """
+    return jax.tree.map(lambda x: jnp.where(flag, x, jnp.zeros_like(x)), tree)
+
+
+def scale(scalar: jax.Array, tree: PyTree) -> PyTree:
+    """The tree times a scalar, each leaf in the dtype it had.
+
+    >>> scale(jnp.float32(2.0), jnp.ones(2, jnp.bfloat16)).dtype
+    dtype(bfloat16)
+    """
+    return jax.tree.map(lambda x: (x * scalar).astype(x.dtype), tree)
+
+
+def where_rows(flags: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """Row `i` of every leaf from `new` where `flags[i]`, else from `old`.
+
+    >>> flags = jnp.array([True, False])
+    >>> where_rows(flags, jnp.ones((2, 2)), jnp.zeros((2, 2))).tolist()
+    [[1.0, 1.0], [0.0, 0.0]]
+    """
+
+    def leaf(a, b):
+        return jnp.where(flags.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(leaf, new, old)

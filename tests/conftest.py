@@ -1,0 +1,22 @@
+"""Four fake devices for every test process, so that meshes are tested everywhere.
+
+Tests compile thousands of small programs and run each once, so the compiler is told
+not to try hard, and to remember.
+"""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_disable_most_optimizations", True)
+cache = Path(__file__).parent.parent / ".pytest_cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(cache))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)

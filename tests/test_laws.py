@@ -1,0 +1,407 @@
+"""The laws that every algorithm, channel and aggregator keeps, from one list.
+
+A new part is one line in PARTS, and inherits every law below.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy
+
+import jaxfl
+from jaxfl import Aggregator, chain, mean
+
+
+def stacked_median():
+    """A robust aggregator, to hold the laws on the path that stacks messages."""
+
+    def apply(ctx, payload, sent, state):
+        def leaf(x):
+            return jnp.nanmedian(
+                jnp.where(sent.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan), 0
+            ).astype(x.dtype)
+
+        return jax.tree.map(leaf, payload), sent, state + jnp.sum(sent)
+
+    return Aggregator(lambda payload: jnp.int32(0), apply)
+
+
+def norm_above(threshold):
+    return jaxfl.gate(lambda ctx, payload: optax.tree.norm(payload) > threshold)
+
+
+def noisy(h):
+    """A channel with a random key in its client state."""
+    return jaxfl.at_client(optax.add_noise(0.01 * h, 0.0, key=0))
+
+
+def dithered():
+    """A channel that draws from ctx.key at both ends."""
+
+    def encode(ctx, message, server_state, client_state):
+        draw = jax.random.normal(ctx.key)
+        payload = jax.tree.map(
+            lambda x: x + (0.01 * draw).astype(x.dtype), message.payload
+        )
+        return message._replace(payload=payload), client_state, {"draw": draw}
+
+    def decode(ctx, payload, server_state, report):
+        draw = jax.random.normal(ctx.key)
+        return jax.tree.map(lambda x: x + (draw).astype(x.dtype), payload), server_state
+
+    return jaxfl.Channel(lambda payload: ((), ()), encode, decode)
+
+
+def fedavg(rate=0.1, **work):
+    work = {"batch_size": 2, "epochs": 2} | work
+    return jaxfl.fedavg(toy.loss, optax.sgd(rate, momentum=0.5), optax.sgd(0.7), **work)
+
+
+def descent(rate=0.1):
+    """The lightest algorithm that trains, to put channels and aggregators round."""
+    return jaxfl.fedavg(toy.loss, optax.sgd(rate), optax.sgd(0.7), batch_size=None)
+
+
+def around(channel):
+    return descent(), channel, jaxfl.total()
+
+
+# name: hyper-parameter -> (algorithm, channel, aggregator)
+PARTS = {
+    # algorithms
+    "fedavg": lambda h: (fedavg(0.1 * h), mean(), jaxfl.total()),
+    "fedavg, steps": lambda h: (
+        fedavg(0.1 * h, epochs=None, steps=3),
+        mean(),
+        jaxfl.total(),
+    ),
+    "fedavg, Adam twice": lambda h: (
+        jaxfl.fedavg(toy.loss, optax.adam(0.1 * h), optax.adam(0.05), batch_size=2),
+        mean(),
+        jaxfl.total(),
+    ),
+    "isolated": lambda h: (
+        jaxfl.isolated(toy.loss, optax.sgd(0.1 * h), batch_size=2),
+        mean(),
+        jaxfl.total(),
+    ),
+    # channels
+    "identity": lambda h: (descent(0.1 * h), jaxfl.identity(), jaxfl.total()),
+    "mean": lambda h: (descent(0.1 * h), mean(), jaxfl.total()),
+    "fixed mean": lambda h: around(mean(5.0 * h)),
+    "clip": lambda h: around(chain(jaxfl.clip(h), mean())),
+    "gate": lambda h: around(chain(norm_above(0.2 * h), mean())),
+    "tap": lambda h: around(chain(jaxfl.tap("raw"), mean(5.0 * h), jaxfl.tap("end"))),
+    "on": lambda h: around(chain(jaxfl.on("w", jaxfl.clip(h)), mean())),
+    "on, gated": lambda h: around(chain(jaxfl.on("w", norm_above(0.2 * h)), mean())),
+    "at_client": lambda h: around(chain(jaxfl.at_client(optax.trace(0.9 * h)), mean())),
+    "at_client, keys": lambda h: around(chain(noisy(h), mean())),
+    "at_server": lambda h: around(chain(jaxfl.at_server(optax.ema(0.5 * h)), mean())),
+    "random": lambda h: (descent(0.1 * h), chain(dithered(), mean()), jaxfl.total()),
+    # aggregators
+    "total": lambda h: (descent(0.1 * h), jaxfl.clip(h), jaxfl.total()),
+    "median": lambda h: (descent(0.1 * h), jaxfl.clip(h), stacked_median()),
+}
+
+PLANS = {
+    "one after another": (1, None),
+    "chunks of 2": (2, None),
+    "chunks of 3": (3, None),
+    "4 devices": (None, 4),
+    "3 devices, chunks of 1": (1, 3),
+    "2 devices, chunks of 2": (2, 2),
+}
+
+every_part = pytest.mark.parametrize("name", PARTS)
+
+
+def build(name, h=1.0, plan=(None, None)):
+    chunk, devices = plan
+    mesh = None if devices is None else jaxfl.client_mesh(jax.devices()[:devices])
+    return jaxfl.federate(*PARTS[name](h), chunk_size=chunk, mesh=mesh)
+
+
+def run(federation, cohort=None, rounds=2, params=None, data=None, jit=True, seed=7):
+    """Some rounds with the same cohort; the last state and info."""
+    data = toy.data() if data is None else data
+    cohort = toy.cohort(data) if cohort is None else cohort
+    state = federation.init(toy.params() if params is None else params, data)
+    round_fn = jax.jit(federation.round) if jit else federation.round
+    for _ in range(rounds):
+        state, info = round_fn(jax.random.key(seed), state, cohort)
+    return state, info
+
+
+@functools.cache
+def plainly(name):
+    """What a part gives with the whole cohort at once on one device."""
+    return run(build(name))
+
+
+@functools.cache
+def without(name, absent):
+    """What it gives when one client is not in the cohort."""
+    others = [i for i in range(toy.N) if i != absent]
+    return run(build(name), toy.cohort(toy.data(), others))
+
+
+def bare(tree):
+    """Random keys as integers, to compare."""
+
+    def leaf(x):
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if is_key else x)
+
+    return jax.tree.map(leaf, tree)
+
+
+def assert_close(got, want, rtol=1e-5, atol=1e-5):
+    got, want = bare(got), bare(want)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a.astype(np.float64), b.astype(np.float64), rtol, atol
+        ),
+        got,
+        want,
+    )
+
+
+def assert_same(got, want):
+    jax.tree.map(np.testing.assert_array_equal, bare(got), bare(want))
+
+
+def moved(state):
+    return float(optax.tree.norm(optax.tree.sub(state.params, toy.params())))
+
+
+# --- 1. identity and associativity ------------------------------------------
+
+
+@every_part
+def test_identity_changes_nothing(name):
+    algorithm, channel, aggregator = PARTS[name](1.0)
+    same = chain(jaxfl.identity(), chain(channel), jaxfl.identity())
+    assert_same(run(jaxfl.federate(algorithm, same, aggregator)), plainly(name))
+
+
+@every_part
+def test_chain_is_associative(name):
+    algorithm, channel, aggregator = PARTS[name](1.0)
+    a, b, c = dithered(), jaxfl.clip(3.0), channel
+    want = run(jaxfl.federate(algorithm, chain(a, b, c), aggregator))
+    for nested in (chain(a, chain(b, c)), chain(chain(a, b), c)):
+        assert_same(run(jaxfl.federate(algorithm, nested, aggregator)), want)
+
+
+# --- 2. the execution plan and the order of the cohort do not matter --------
+
+
+@every_part
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_plan_does_not_matter(name, plan):
+    assert_close(run(build(name, plan=plan)), plainly(name))
+
+
+@every_part
+def test_order_does_not_matter(name):
+    order = np.array([5, 0, 6, 2, 3, 1, 4])
+    data = toy.data()
+    want_state, want_info = plainly(name)
+    state, info = run(build(name), toy.cohort(data, order))
+    assert_close(state, want_state)
+    assert_close(info, jax.tree.map(lambda x: x[order], want_info))
+
+
+# --- 3. an absent client is as one never asked ------------------------------
+
+
+@every_part
+@pytest.mark.parametrize("plan", [(None, None), (2, 2)], ids=["whole", "mesh"])
+def test_absent_is_never_asked(name, plan):
+    absent = 3
+    x, y, ids = toy.examples()
+    x[ids == absent], y[ids == absent] = np.nan, np.nan
+    data = jaxfl.from_arrays(jnp.asarray(x), jnp.asarray(y), ids, toy.N)
+    alive = np.arange(toy.N) != absent
+    cohort = toy.cohort(data, range(toy.N), alive)
+    state, info = run(build(name, plan=plan), cohort, data=data)
+
+    want_state, want_info = without(name, absent)
+    assert_close(state, want_state)
+    assert_close(jax.tree.map(lambda v: v[alive], info), want_info)
+    assert not info.sent[absent] and info.bits_up[absent] == 0
+
+
+# --- 4. what goes in comes out ----------------------------------------------
+
+
+@every_part
+def test_state_keeps_its_shape_and_nothing_recompiles(name):
+    federation, data = build(name), toy.data()
+    state = federation.init(toy.params(), data)
+    round_fn = jax.jit(federation.round)
+    for _ in range(3):
+        new, _ = round_fn(jax.random.key(0), state, toy.cohort(data))
+        assert jax.tree.structure(new) == jax.tree.structure(state)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), state
+        )
+        state = new
+    assert round_fn._cache_size() == 1
+
+
+# --- 5. transforms ----------------------------------------------------------
+
+
+@every_part
+def test_jit_does_not_matter(name):
+    assert_close(run(build(name), jit=False), plainly(name))
+
+
+@every_part
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+def test_dtypes_are_kept(name, dtype):
+    state, info = run(build(name), params=toy.params(dtype), rounds=1)
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(dtype)}
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(state.params))
+
+
+@every_part
+def test_vmap_over_seeds_and_hyper_parameters(name):
+    data = toy.data()
+
+    def whole_run(h, seed):
+        federation = build(name, h)
+        state = federation.init(toy.params(), data)
+        state, (info, _) = jaxfl.scan_rounds(
+            federation,
+            state,
+            data,
+            rounds=2,
+            key=jax.random.key(seed),
+            cohort_size=4,
+        )
+        return bare_traced(state), info.sent
+
+    def bare_traced(tree):
+        return jax.tree.map(
+            lambda x: jax.random.key_data(x)
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+            else x,
+            tree,
+        )
+
+    h, seeds = jnp.array([0.5, 1.0, 1.0]), jnp.array([3, 3, 4])
+    together = jax.jit(jax.vmap(whole_run))(h, seeds)
+    alone = [jax.jit(whole_run)(h[i], seeds[i]) for i in range(3)]
+    assert_close(together, jax.tree.map(lambda *x: jnp.stack(x), *alone))
+
+
+# --- 6. randomness belongs to the client, not to its place ------------------
+
+
+@pytest.mark.parametrize("plan", [(None, None), *PLANS.values()], ids=str)
+def test_draws_are_the_clients_own_to_the_bit(plan):
+    """The draws of each client, from every plan, order, and company."""
+
+    def draws(clients, plan):
+        data = toy.data()
+        chunk, devices = plan
+        mesh = None if devices is None else jaxfl.client_mesh(jax.devices()[:devices])
+
+        def client(ctx, broadcast, client_state, data):
+            return jnp.zeros(()), (), {"draw": jax.random.bits(ctx.key)}
+
+        algorithm = jaxfl.Algorithm(
+            lambda params: ((), ()), client, lambda ctx, server, outcome: server
+        )
+        federation = jaxfl.federate(
+            algorithm, dithered(), chunk_size=chunk, mesh=mesh
+        )
+        _, info = run(federation, toy.cohort(data, clients))
+        return {
+            c: (int(info.metrics["draw"][i]), float(info.reports["draw"][i]))
+            for i, c in enumerate(clients)
+        }
+
+    want = draws(range(toy.N), (None, None))
+    assert len(set(want.values())) == toy.N
+    assert draws(range(toy.N), plan) == want
+    for company in ([6, 2, 0], [2, 5]):
+        got = draws(company, plan)
+        assert got == {c: want[c] for c in company}
+
+
+def test_a_run_depends_on_its_seed():
+    assert_same(run(build("fedavg"), seed=1), run(build("fedavg"), seed=1))
+    a, b = run(build("fedavg"), seed=1)[0], run(build("fedavg"), seed=2)[0]
+    assert moved(a) != moved(b)
+
+
+# --- 7. bits are the length of a real encoding ------------------------------
+
+
+def encode(payload) -> bytes:
+    """The reference encoding of a plain payload: its numbers, in their dtypes."""
+    return b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(payload))
+
+
+def decode(encoded: bytes, like):
+    leaves, place = [], 0
+    for x in jax.tree.leaves(like):
+        size = x.size * x.dtype.itemsize
+        flat = np.frombuffer(encoded[place : place + size], x.dtype)
+        leaves.append(flat.reshape(x.shape))
+        place += size
+    return jax.tree.structure(like).unflatten(leaves)
+
+
+@every_part
+def test_bits_are_the_length_of_the_encoding(name):
+    """The numbers; then 4 bytes if a weight goes with them; one bit for each gate."""
+    algorithm, channel, aggregator = PARTS[name](1.0)
+    channel = chain(channel, jaxfl.tap("wire"))
+    _, info = run(jaxfl.federate(algorithm, channel, aggregator), rounds=1)
+    reports = info.reports if isinstance(info.reports, tuple) else (info.reports,)
+    for i in range(toy.N):
+        report = {
+            name: jax.tree.map(lambda x, i=i: np.asarray(x[i]), value)
+            for layer in reports
+            for name, value in (layer or {}).items()
+        }
+        payload, flags = report["wire"], "open" in report
+        if name == "on, gated" and not report["open"]:
+            payload = {"b": payload["b"]}
+        encoded = encode(payload) if info.sent[i] else b""
+        if info.sent[i]:
+            assert_same(decode(encoded, payload), payload)
+        if info.sent[i] and "weight" in report:
+            encoded += report["weight"].tobytes()
+        assert info.bits_up[i] == 8 * len(encoded) + flags, i
+
+
+@every_part
+def test_bits_down_are_the_broadcast(name):
+    algorithm = PARTS[name](1.0)[0]
+    state, info = run(build(name), rounds=1)
+    broadcast = algorithm.broadcast(state.server.algorithm)
+    assert (info.bits_down == 8 * len(encode(broadcast))).all()
+
+
+# --- nobody sends -----------------------------------------------------------
+
+
+@every_part
+def test_a_round_without_messages_changes_no_model(name):
+    data = toy.data()
+    nobody = toy.cohort(data, range(toy.N), np.zeros(toy.N, bool))
+    federation = build(name)
+    state = federation.init(toy.params(), data)
+    new, info = jax.jit(federation.round)(jax.random.key(0), state, nobody)
+    assert_same(new.server.algorithm, state.server.algorithm)
+    assert_same(new.clients, state.clients)
+    assert not info.sent.any() and not info.bits_up.any() and not info.bits_down.any()
