@@ -7,7 +7,7 @@ the round, the run, and what is looked at.
 
 from importlib.metadata import version
 
-from jaxfl import data, evaluate, local, models, plot, tree
+from jaxfl import data, evaluate, history, local, models, plot, tree
 from jaxfl.aggregate import total
 from jaxfl.algorithms.fedavg import fedavg
 from jaxfl.algorithms.isolated import isolated
@@ -77,6 +77,7 @@ __all__ = [
     "scan_rounds",
     "sample_cohort",
     "History",
+    "history",
     # what is looked at
     "evaluate",
     "compare",

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxfl import local
@@ -92,11 +93,13 @@ class Comparison(NamedTuple):
     own model scored on the held-out examples inside and at the end of every round.
 
     Attributes:
+      initial: `{name: float}`, what the model scores that all of them start from.
       federated: nodes that average; `history["accuracy"]` is the federated model.
       isolated: the same nodes, which never communicate.
       pooled: one node that holds everything, the benchmark without federation.
     """
 
+    initial: dict[str, np.ndarray]
     federated: History
     isolated: History
     pooled: History
@@ -145,33 +148,33 @@ def compare(
     """
     init_key, run_key = jax.random.split(key)
     params = model.init(init_key)
+    heldout = jax.tree.map(jnp.asarray, heldout)
 
     def probe(params):
         return mean_metrics(model.metrics, params, heldout)
 
     work = {**work, "probe": probe, "probes": probes}
-    regimes = (
-        (fedavg(model.loss, client_optimizer, server_optimizer, **work), data),
-        (isolated(model.loss, client_optimizer, **work), data),
-        (fedavg(model.loss, pooled_optimizer or client_optimizer, **work), pool(data)),
-    )
-    histories = []
-    for algorithm, nodes in regimes:
-        few = nodes.num_clients == 1
-        federation = federate(
-            algorithm,
-            (channel or mean()) if algorithm is regimes[0][0] else mean(),
-            chunk_size=chunk_size,
-            mesh=None if few else mesh,
-        )
+    pooled_optimizer = pooled_optimizer or client_optimizer
+    federated = fedavg(model.loss, client_optimizer, server_optimizer, **work)
+    alone = isolated(model.loss, client_optimizer, **work)
+    pooled = fedavg(model.loss, pooled_optimizer, **work)
+
+    def run(algorithm, channel, data, mesh):
+        federation = federate(algorithm, channel, chunk_size=chunk_size, mesh=mesh)
         _, history = simulate(
             federation,
             params,
-            nodes,
+            data,
             rounds=rounds,
             key=run_key,
             evaluate=on_server(model.metrics, heldout),
             progress=progress,
         )
-        histories.append(history)
-    return Comparison(*histories)
+        return history
+
+    return Comparison(
+        initial=jax.device_get(jax.jit(probe)(params)),
+        federated=run(federated, channel or mean(), data, mesh),
+        isolated=run(alone, mean(), data, mesh),
+        pooled=run(pooled, mean(), pool(data), None),
+    )

@@ -414,7 +414,7 @@ def from_linen(
     def init(key):
         return variables(key)["params"]
 
-    def apply(params, x, key):
+    def apply(params, x, key) -> Any:
         # linen falls back on the key of "params" for every stream it is not given.
         rngs = None if key is None else {"params": key}
         return module.apply({"params": params}, x, rngs=rngs, **mode(key is not None))
@@ -502,7 +502,7 @@ def from_nnx(
     return from_function(init, apply, loss=loss, metrics=metrics, preprocess=preprocess)
 
 
-def _mode_argument(module: type) -> Callable[[bool], dict[str, bool]]:
+def _mode_argument(module: type) -> Callable[[bool], dict[str, Any]]:
     """How to tell a module's `__call__` that it is in training."""
     names = inspect.signature(module.__call__).parameters  # pyright: ignore
 

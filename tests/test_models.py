@@ -72,7 +72,7 @@ DROPOUT = ["linen", "deterministic", "nnx"]
 )
 def test_parameter_counts(module, size):
     params = jax.eval_shape(models.from_linen(module, IMAGES).init, KEY)
-    assert optax.tree.size(params) == size
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == size
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -90,13 +90,10 @@ def test_contract(name):
     updates, _ = tx.update(grads, tx.init(params))
     new = optax.apply_updates(params, updates)
     assert jax.tree.structure(new) == jax.tree.structure(params)
-    assert all(
-        type(leaf) is type(KEY + 0) or leaf.ndim for leaf in jax.tree.leaves(new)
-    )
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(new))
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), params)
     many = jax.vmap(model.loss, (0, None, None))(stacked, BATCH, KEY)
     np.testing.assert_allclose(many[1], loss, rtol=1e-4, atol=1e-4)
-    assert isinstance(hash(model.loss), int) and model.loss == model.loss
 
 
 @pytest.mark.parametrize("name", MODELS)

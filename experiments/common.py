@@ -1,0 +1,112 @@
+"""What every experiment does the same way: settings, devices, data, and results."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import rich
+import rich.table
+import tyro
+
+import jaxfl
+
+Settings = TypeVar("Settings")
+
+# Okabe and Ito's colours, told apart with any colour vision.
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
+    *("#000000", "#E69F00", "#56B4E9", "#009E73"),
+    *("#F0E442", "#0072B2", "#D55E00", "#CC79A7"),
+)
+
+
+def settings(presets: Mapping[str, Settings], description: str | None) -> Settings:
+    """The command line: `--preset` picks the defaults, every field is an option.
+
+    Args:
+      presets: frozen dataclasses of one type, by the value of their field `preset`.
+      description: of the experiment, for `--help`.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--preset", choices=presets, default=next(iter(presets)))
+    preset = parser.parse_known_args()[0].preset
+    default = presets[preset]
+    return tyro.cli(type(default), default=default, description=description)
+
+
+def execution_plan() -> dict[str, Any]:
+    """`chunk_size` and `mesh` for this machine, and says what they are.
+
+    On a CPU one client after another on each core; on an accelerator all at once.
+    Call it before anything else uses JAX.
+    """
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    jax.config.update("jax_num_cpu_devices", cores)
+    on_cpu = jax.default_backend() == "cpu"
+    several = len(jax.devices()) > 1
+    plan = {
+        "chunk_size": 1 if on_cpu else None,
+        "mesh": jaxfl.client_mesh() if several else None,
+    }
+    rich.print(
+        f"{len(jax.devices())} x {jax.devices()[0].device_kind}, "
+        f"chunk_size={plan['chunk_size']}, "
+        f"mesh={dict(plan['mesh'].shape) if several else None}"
+    )
+    return plan
+
+
+def results_folder(name: str, root: str = "results") -> Path:
+    """`results/NAME/`, made if missing."""
+    folder = Path(root) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def save_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Writes `summary.json`, all of it or none."""
+    partial = folder / "summary.json.partial"
+    text = json.dumps(summary, indent=2, default=_plain, allow_nan=False)
+    partial.write_text(text + "\n")
+    os.replace(partial, folder / "summary.json")
+
+
+def _plain(x):
+    return x.tolist() if isinstance(x, np.ndarray | np.generic | jax.Array) else str(x)
+
+
+def save_figure(folder: Path, figure: Any, name: str) -> None:
+    """Writes `NAME.png` and `NAME.svg`."""
+    for kind in ("png", "svg"):
+        partial = folder / f"{name}.partial.{kind}"
+        figure.savefig(partial, dpi=150)
+        os.replace(partial, folder / f"{name}.{kind}")
+    rich.print(f"figure: {folder / f'{name}.png'}")
+
+
+def tidy(*all_axes: Any) -> None:
+    """A light grid, no box, and plain numbers where the scale is logarithmic."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    for axes in all_axes:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_yscale() == "log":
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
+    """A table on the terminal."""
+    table = rich.table.Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*map(str, row))
+    rich.print(table)
