@@ -83,7 +83,8 @@ def run_case(config, model, train, test, bias, plan):
         jaxfl.mean(),
         **({} if bias is None else plan),
     )
-    evaluate = jaxfl.on_server(model.metrics, jax.tree.map(jnp.asarray, test))
+    test = jax.tree.map(jnp.asarray, test)
+    evaluate = jaxfl.on_server(model.metrics, test, mesh=federation.mesh)
 
     def init(key, data):
         return federation.init(model.init(jax.random.fold_in(key, 1)), data)

@@ -16,7 +16,7 @@ from jaxfl.core import Channel, Params, State
 from jaxfl.data.federated import ClientData, pool
 from jaxfl.history import History
 from jaxfl.models import Model
-from jaxfl.round import federate
+from jaxfl.round import federate, map_clients
 from jaxfl.simulate import simulate
 
 PyTree = Any
@@ -24,7 +24,12 @@ ExampleMetrics = Callable[[Params, PyTree], dict[str, jax.Array]]
 
 
 def mean_metrics(
-    metrics: ExampleMetrics, params: Params, examples: PyTree, batch_size: int = 1000
+    metrics: ExampleMetrics,
+    params: Params,
+    examples: PyTree,
+    *,
+    batch_size: int = 1000,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, jax.Array]:
     """Metrics averaged over all examples, in batches.
 
@@ -33,6 +38,7 @@ def mean_metrics(
       params: of one model.
       examples: pytree of `[E, ...]` arrays.
       batch_size: B, examples evaluated at once.
+      mesh: devices to spread the batches over, see `client_mesh`.
 
     Returns:
       `{name: float32 []}`.
@@ -52,21 +58,30 @@ def mean_metrics(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     batch_size = min(batch_size, count)
+    devices = 1 if mesh is None else mesh.size
+    batches = -(-count // (batch_size * devices)) * devices
 
-    def on_batch(start):
+    def on_batch(shared, start):
+        params, examples = shared
         place = start + jnp.arange(batch_size)
         batch = jax.tree.map(lambda x: jnp.asarray(x)[place % count], examples)
-        return jax.tree.map(
-            lambda m: jnp.sum(jnp.where(place < count, m, 0), dtype=jnp.float32),
-            metrics(params, batch),
-        )
+        each = metrics(params, batch)
+        real = place < count
+        return jax.tree.map(lambda m: jnp.sum(jnp.where(real, m, 0)), each), ()
 
-    sums = jax.lax.map(on_batch, jnp.arange(0, count, batch_size))
-    return jax.tree.map(lambda s: jnp.sum(s) / count, sums)
+    starts = jnp.arange(batches) * batch_size
+    sums, _ = map_clients(
+        on_batch, (params, examples), starts, chunk_size=1, mesh=mesh
+    )
+    return jax.tree.map(lambda s: s.astype(jnp.float32) / count, sums)
 
 
 def on_server(
-    metrics: ExampleMetrics, examples: PyTree, *, batch_size: int = 1000
+    metrics: ExampleMetrics,
+    examples: PyTree,
+    *,
+    batch_size: int = 1000,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[[State], dict[str, jax.Array]]:
     """Evaluates the federated model: `simulate(..., evaluate=on_server(...))`.
 
@@ -74,13 +89,16 @@ def on_server(
       metrics: `(params, batch) -> {name: [B]}`, for instance `model.metrics`.
       examples: held-out examples, a pytree of `[E, ...]` arrays.
       batch_size: examples evaluated at once.
+      mesh: devices to spread the evaluation over, the federation's for instance.
 
     Returns:
       `state -> {name: float32 []}`.
     """
 
     def evaluate(examples, state):
-        return mean_metrics(metrics, state.params, examples, batch_size)
+        return mean_metrics(
+            metrics, state.params, examples, batch_size=batch_size, mesh=mesh
+        )
 
     # Examples as an argument, not a constant of the compiled program.
     return jax.tree_util.Partial(evaluate, examples)
@@ -161,13 +179,14 @@ def compare(
 
     def run(algorithm, channel, data, mesh):
         federation = federate(algorithm, channel, chunk_size=chunk_size, mesh=mesh)
+        evaluate = on_server(model.metrics, heldout, mesh=mesh)
         _, history = simulate(
             federation,
             params,
             data,
             rounds=rounds,
             key=run_key,
-            evaluate=on_server(model.metrics, heldout),
+            evaluate=None if algorithm is alone else evaluate,
             progress=progress,
         )
         return history

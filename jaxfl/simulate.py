@@ -171,6 +171,7 @@ def simulate(
     every: int = 1,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int | None = None,
+    until: Callable[[dict[str, np.ndarray]], bool] | None = None,
     progress: bool = True,
 ) -> tuple[State, History]:
     """Runs a federation.
@@ -198,6 +199,8 @@ def simulate(
         goes on where that stopped, to the same bits.
       checkpoint_every: rounds between checkpoints, a multiple of `every`; about twenty
         checkpoints a run by default. The last round is always saved.
+      until: `{name: value} -> bool`, stops the run after the first evaluation for which
+        it holds.
       progress: whether to show a progress bar.
 
     Returns:
@@ -250,14 +253,16 @@ def simulate(
 
     unread, unsaved = [], []  # pieces of history: on the device, and read but not saved
     with _interruptible() as interrupted, _progress_bar(progress, rounds, done) as show:
-        while done < rounds and not interrupted():
+        reached = bool(saved) and _holds(until, saved[-1])
+        while done < rounds and not (reached or interrupted()):
             length = min(every - done % every, rounds - done)
             state, piece = segment(state, length)
             done += length
             unread.append(piece)
-            if len(unread) > 1:
+            if until or len(unread) > 1:
                 unsaved.append(jax.device_get(unread.pop(0)))
                 show(unsaved[-1])
+                reached = _holds(until, unsaved[-1])
             if folder and (done % checkpoint_every == 0 or done == rounds):
                 unsaved += jax.device_get(unread)
                 unread.clear()
@@ -272,13 +277,18 @@ def simulate(
                 folder.save(state, saved[-1])
     if folder:
         folder.close()
-    if done < rounds:
+    if done < rounds and not reached:
         warnings.warn(f"interrupted after {done} of {rounds} rounds", stacklevel=2)
     if not saved:
         raise KeyboardInterrupt
     info, evaluations = histories.concatenate(saved)
     at = np.minimum(np.arange(every, done + every, every), done).astype(np.int32)
     return state, History(info, evaluations, at)
+
+
+def _holds(until: Callable | None, piece: tuple[Info, dict]) -> bool:
+    """Whether the last evaluation of a piece of history ends the run."""
+    return bool(until and until({k: v[-1] for k, v in piece[1].items()}))
 
 
 def _check_arguments(n, rounds, key, cohort_size, weight, every, checkpoint_every):
