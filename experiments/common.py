@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 import rich
+import rich.console
 import rich.table
 import tyro
 
@@ -39,14 +40,19 @@ def settings(presets: Mapping[str, Settings], description: str | None) -> Settin
     return tyro.cli(type(default), default=default, description=description)
 
 
+def cores_as_devices() -> None:
+    """Makes each CPU core a device; before anything else uses JAX."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    jax.config.update("jax_num_cpu_devices", cores)
+
+
 def execution_plan() -> dict[str, Any]:
     """`chunk_size` and `mesh` for this machine, and says what they are.
 
     On a CPU one client after another on each core; on an accelerator all at once.
     Call it before anything else uses JAX.
     """
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    jax.config.update("jax_num_cpu_devices", cores)
+    cores_as_devices()
     on_cpu = jax.default_backend() == "cpu"
     several = len(jax.devices()) > 1
     plan = {
@@ -109,4 +115,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence]) ->
         table.add_column(column, justify="right" if i else "left")
     for row in rows:
         table.add_row(*map(str, row))
-    rich.print(table)
+    console = rich.console.Console()
+    if not console.is_terminal:  # a log has no width of its own
+        console.width = 120
+    console.print(table)

@@ -1,0 +1,279 @@
+"""How fast a round is, against federated averaging written by hand.
+
+Four workloads on images of MNIST's shape (random pixels: speed does not depend on
+them), E = 1, B = 10; every row in a process of its own, so that compile time and peak
+memory are its own:
+
+  W1 CNN, 100 clients x 600, cohort 10          W2 2NN, the same
+  W3 logistic regression, 1,000 x 60, cohort 100   W4 2NN, cohort all 100
+
+against (a) Python loops over clients and steps, (b) a Python loop over clients, (c) a
+plain vmap, (d) centralised SGD on as many examples, see `experiments.baselines`; and
+`scale`: 10,000 clients x 60, cohort 1,000, logistic regression, in chunks.
+"""
+
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import time
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich
+
+import jaxfl
+from experiments import baselines, common
+from jaxfl import models
+from jaxfl.data import from_arrays
+
+BATCH = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    model: Literal["cnn", "2nn", "logistic"]
+    clients: int
+    examples: int
+    cohort: int
+
+
+WORKLOADS = {
+    "W1": Workload("cnn", 100, 600, 10),
+    "W2": Workload("2nn", 100, 600, 10),
+    "W3": Workload("logistic", 1000, 60, 100),
+    "W4": Workload("2nn", 100, 600, 100),
+    "scale": Workload("logistic", 10_000, 60, 1000),
+    "tiny": Workload("logistic", 20, 20, 10),
+}
+BASELINES = {
+    "(a) loop over clients, steps": baselines.loop_over_steps,
+    "(b) loop over clients": baselines.loop_over_clients,
+    "(c) vmap": baselines.vmapped,
+    "(d) centralised": baselines.centralised,
+}
+# name: (clients vmapped at once, or None for all; whether cores or GPUs are a mesh)
+PLANS = {
+    "jaxfl, mesh, one by one": (1, True),
+    "jaxfl, one by one": (1, False),
+    "jaxfl, all at once": (None, False),
+    "jaxfl, mesh, chunks of 10": (10, True),
+}
+POOLED = "(a) with reshape pooling"  # a baseline that someone has tuned
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    preset: Literal["ci", "full"]
+    workloads: tuple[str, ...]
+    rows: tuple[str, ...]
+    """Which baselines and plans to run; all of them by default."""
+    rounds: int = 7
+    """Rounds timed; the median counts."""
+    seconds: float = 60.0
+    """After this long no further round of a row is timed."""
+    one: bool = False
+    """Time the one workload and row given, in this process, and print JSON."""
+
+
+ROWS = (*BASELINES, POOLED, *PLANS)
+PRESETS = {
+    "ci": Settings("ci", ("tiny",), ROWS, rounds=2),
+    "full": Settings("full", ("W1", "W2", "W3", "W4", "scale"), ROWS),
+}
+
+
+def wanted(workload: str, row: str) -> bool:
+    if workload == "scale":
+        return row == "jaxfl, mesh, chunks of 10"
+    if row == "jaxfl, all at once" and jax.default_backend() == "cpu":
+        return workload in ("W2", "W3", "tiny")
+    return row != POOLED or workload == "W1"
+
+
+def matmul_peak() -> float:
+    """FLOP/s of a large float32 matrix product, the best of ten."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((n, n))
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    best = min(timed(lambda: product(a)) for _ in range(10))
+    return 2 * n**3 / best
+
+
+def timed(fn) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(fn())
+    return time.perf_counter() - start
+
+
+def flops_of_round(network, work: Workload) -> float:
+    """What a round has to compute: the compiler's count for one step, times steps."""
+    params = network.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    x, y = jnp.zeros((BATCH, 28, 28, 1)), jnp.zeros(BATCH, jnp.int32)
+    step = jax.jit(jax.grad(baselines.loss_of(network))).lower(params, x, y).compile()
+    cost = step.cost_analysis()
+    return cost["flops"] * work.cohort * work.examples / BATCH
+
+
+def hand_written(work: Workload, row: str, x, y):
+    """A baseline's round on fixed cohorts of host data, as `() -> params`."""
+    network = baselines.Network(work.model, reshape_pool=row == POOLED)
+    make = BASELINES.get(row, baselines.loop_over_steps)
+    round_of = make(network, optax.sgd(0.1), BATCH)
+    x = x[: work.cohort * work.examples].reshape(work.cohort, work.examples, 28, 28, 1)
+    y = y[: work.cohort * work.examples].reshape(work.cohort, work.examples)
+    if make is not baselines.loop_over_steps:  # which feeds the device step by step
+        x, y = jnp.asarray(x), jnp.asarray(y)
+    params = network.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    held = [params]
+
+    def one_round(i):
+        held[0] = round_of(held[0], x, y, jax.random.key(i))
+        return held[0]
+
+    return one_round
+
+
+def with_jaxfl(work: Workload, row: str, x, y):
+    """A round of jaxfl: sampling, training, averaging, metrics, as `simulate` runs it."""
+    chunk, over_mesh = PLANS[row]
+    mesh = jaxfl.client_mesh() if over_mesh and len(jax.devices()) > 1 else None
+    network = {
+        "cnn": models.cnn,
+        "2nn": models.two_nn,
+        "logistic": models.logistic_regression,
+    }[work.model]()
+    model = models.from_linen(network, x[:1])
+    federation = jaxfl.federate(
+        jaxfl.fedavg(model.loss, optax.sgd(0.1), batch_size=BATCH),
+        jaxfl.mean(),
+        chunk_size=chunk,
+        mesh=mesh,
+    )
+    ids = np.repeat(np.arange(work.clients), work.examples)
+    place = jnp.asarray
+    if mesh is not None:
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        place = lambda a: jax.device_put(a, everywhere)  # noqa: E731
+    data = jax.tree.map(place, from_arrays(x, y, ids))
+    state = federation.init(model.init(jax.random.key(0)), data)
+    held = [jax.tree.map(place, state)]
+    step = jax.jit(
+        lambda state, data: jaxfl.scan_rounds(
+            federation,
+            state,
+            data,
+            rounds=1,
+            key=jax.random.key(0),
+            cohort_size=work.cohort,
+        ),
+        donate_argnums=0,
+    )
+
+    def one_round(i):
+        held[0], info = step(held[0], data)
+        return held[0], info
+
+    return one_round
+
+
+def measure(config: Settings) -> dict:
+    """One workload, one row, in this process."""
+    (name,), (row,) = config.workloads, config.rows
+    if row in PLANS and PLANS[row][1]:
+        common.cores_as_devices()
+    work = WORKLOADS[name]
+    flops = flops_of_round(baselines.Network(work.model), work)
+    rng = np.random.default_rng(0)
+    total = work.clients * work.examples
+    x = rng.integers(0, 256, (total, 28, 28, 1), np.uint8)
+    y = rng.integers(0, 10, total).astype(np.int32)
+    one_round = (with_jaxfl if row in PLANS else hand_written)(work, row, x, y)
+    del x, y
+    first = timed(lambda: one_round(0))
+    seconds = []
+    while len(seconds) < config.rounds and sum(seconds) < config.seconds:
+        seconds.append(timed(lambda: one_round(1 + len(seconds))))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        peak = stats["peak_bytes_in_use"]
+    return {
+        "seconds": float(np.median(seconds)),
+        "fastest": min(seconds),
+        "rounds": len(seconds),
+        "compile_seconds": max(0.0, first - float(np.median(seconds))),
+        "peak_bytes": peak,
+        "flops_per_second": flops / float(np.median(seconds)),
+    }
+
+
+def in_own_process(name: str, row: str, config: Settings) -> dict:
+    command = [
+        *(sys.executable, "-m", "experiments.speed", "--preset", config.preset),
+        *("--workloads", name, "--rows", row, "--one"),
+        *("--rounds", str(config.rounds), "--seconds", str(config.seconds)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name} {row} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    config = common.settings(PRESETS, __doc__)
+    if config.one:
+        print(json.dumps(measure(config)))
+        return
+    peak = matmul_peak()
+    rich.print(
+        f"{jax.devices()[0].device_kind}, {len(jax.devices())} device(s); "
+        f"a large float32 matmul: {peak / 1e9:.0f} GFLOP/s"
+    )
+    summary, rows = {}, []
+    for name in config.workloads:
+        results = {}
+        for row in config.rows:
+            if wanted(name, row):
+                results[row] = in_own_process(name, row, config)
+        by_hand = [
+            results[row]["seconds"] for row in list(BASELINES)[:3] if row in results
+        ]
+        ours = {row: results[row]["seconds"] for row in PLANS if row in results}
+        best = min(ours, key=ours.get) if ours else None
+        for row, r in results.items():
+            ratio = min(by_hand) / r["seconds"] if by_hand else None
+            rows.append(
+                (
+                    f"{name}  {row}" + (" *" if row == best else ""),
+                    f"{r['seconds']:.4f}",
+                    "" if ratio is None else f"{ratio:.2f}",
+                    f"{r['compile_seconds']:.1f}",
+                    f"{r['peak_bytes'] / 2**20:.0f}",
+                    f"{r['flops_per_second'] / 1e9:.1f}",
+                    f"{100 * r['flops_per_second'] / peak:.0f}",
+                )
+            )
+        summary[name] = {"rows": results, "best_plan": best}
+        if best and by_hand:
+            summary[name]["speedup"] = min(by_hand) / ours[best]
+    common.print_table(
+        f"Seconds a round, median of up to {config.rounds} (* our best plan)",
+        (
+            *("workload", "s / round", "x best of a-c", "compile s"),
+            *("peak MiB", "GFLOP/s", "% of matmul"),
+        ),
+        rows,
+    )
+    folder = common.results_folder("speed")
+    summary |= {"matmul_flops_per_second": peak, "settings": dataclasses.asdict(config)}
+    common.save_summary(folder, summary)
+
+
+if __name__ == "__main__":
+    main()
