@@ -47,9 +47,7 @@ class Settings:
 
 
 PRESETS = {
-    "ci": Settings(
-        "ci", max_rounds=60, C=(0.1,), partitions=("iid",), target=0.93
-    ),
+    "ci": Settings("ci", max_rounds=60, C=(0.1,), partitions=("iid",), target=0.93),
     "full": Settings("full", max_rounds=4500, data="files"),
 }
 

@@ -49,7 +49,7 @@ PRESETS = {
 
 
 def curves(comparison: jaxfl.evaluate.Comparison) -> dict:
-    """Times in rounds and the losses at them: of nodes `[N, ...]`, of models `[...]`."""
+    """Times in rounds and losses at them: of nodes `[N, ...]`, of models `[...]`."""
     start = comparison.initial["loss"]
     federated = np.concatenate([[start], comparison.federated["loss"]])
     inside = np.moveaxis(comparison.federated.clients.metrics["probe"]["loss"], 1, 0)
@@ -169,7 +169,10 @@ def main() -> None:
     for name, times, values in (
         ("federated", c["rounds"], c["federated"]),
         *((f"node {i}", c["node_times"], v) for i, v in enumerate(c["nodes"])),
-        *((f"isolated {i}", c["isolated_times"], v) for i, v in enumerate(c["isolated"])),
+        *(
+            (f"isolated {i}", c["isolated_times"], v)
+            for i, v in enumerate(c["isolated"])
+        ),
     ):
         table["time"].extend(times)
         table["curve"].extend([name] * len(times))

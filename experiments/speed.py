@@ -140,7 +140,7 @@ def hand_written(work: Workload, row: str, x, y):
 
 
 def with_jaxfl(work: Workload, row: str, x, y):
-    """A round of jaxfl: sampling, training, averaging, metrics, as `simulate` runs it."""
+    """A round of jaxfl: sampling, training, averaging, and every client's metrics."""
     chunk, over_mesh = PLANS[row]
     mesh = jaxfl.client_mesh() if over_mesh and len(jax.devices()) > 1 else None
     network = {

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxfl.core import State
+from jaxfl.history import concatenate
 
 PyTree = Any
 
@@ -31,6 +32,7 @@ class Checkpoints:
         self._ocp = ocp
         self._path = Path(path).absolute()
         self._run = run
+        self._pieces = 0  # of the history, saved so far
         self._manager = ocp.CheckpointManager(
             self._path / "state", options=ocp.CheckpointManagerOptions(max_to_keep=2)
         )
@@ -53,14 +55,18 @@ class Checkpoints:
         ocp, newest = self._ocp, self._manager.latest_step()
         if newest is None:
             return state, []
-        run = self._manager.restore(newest, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
+        saved_run = self._manager.restore(
+            newest, args=ocp.args.Composite(run=ocp.args.JsonRestore())
+        )["run"]
         for name, value in self._run.items():
-            if run["run"].get(name) != value:
+            if saved_run.get(name) != value:
                 raise ValueError(
                     f"checkpoint: {self._path} holds a run with {name} = "
-                    f"{run['run'].get(name)}, and this one has {value}."
+                    f"{saved_run.get(name)}, and this one has {value}."
                 )
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _bare(state))
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _bare(state)
+        )
         try:
             saved = self._manager.restore(
                 newest,
@@ -81,18 +87,23 @@ class Checkpoints:
                     pieces.append(
                         treedef.unflatten(leaves[str(i)] for i in range(len(leaves)))
                     )
+        self._pieces = len(pieces)
         return saved, pieces
 
-    def save(self, state: State, piece: PyTree) -> None:
-        """Saves a state, and the history since the last one that was saved."""
-        step = int(state.round)
-        if step == self._manager.latest_step():
+    def save(self, state: State, pieces: list[PyTree]) -> None:
+        """Saves a state and those pieces of history that are not yet saved."""
+        if len(pieces) == self._pieces:
             return
+        step = int(state.round)
+        piece = concatenate(pieces[self._pieces :])
+        self._pieces = len(pieces)
         if jax.process_index() == 0:
             file = self._history / f"{step:09d}.npz"
             partial = file.with_suffix(".partial")
             with open(partial, "wb") as out:
-                np.savez(out, **{str(i): x for i, x in enumerate(jax.tree.leaves(piece))})
+                np.savez(
+                    out, **{str(i): x for i, x in enumerate(jax.tree.leaves(piece))}
+                )
             os.replace(partial, file)
         ocp = self._ocp
         # A copy: the state's own buffers are donated to the next segment.
@@ -111,7 +122,7 @@ class Checkpoints:
 
 
 def _is_key(x) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _bare(tree: PyTree) -> PyTree:

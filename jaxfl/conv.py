@@ -1,7 +1,7 @@
 """A convolution that stays a matmul, and a max pool that stays a reshape.
 
-XLA's CPU convolution is about ten times slower inside a loop (``lax.scan`` over local
-steps) than outside it, and ``vmap`` over clients, each with a kernel of its own, turns
+XLA's CPU convolution is about ten times slower inside a loop (`lax.scan` over local
+steps) than outside it, and `vmap` over clients, each with a kernel of its own, turns
 it into a grouped convolution, which is no faster. A matmul has neither problem.
 """
 
@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 
 def matmul_conv(
@@ -31,42 +29,42 @@ def matmul_conv(
     preferred_element_type: Any = None,
     out_sharding: Any = None,
 ) -> jax.Array:
-    r"""Drop-in for ``jax.lax.conv_general_dilated``: strided slices and one matmul.
+    r"""Drop-in for `jax.lax.conv_general_dilated`: strided slices and one matmul.
 
     .. math:: y_{b,s,o} = \sum_{k,c} x_{b,\; s \cdot stride + k \cdot dilation,\; c}
               \; w_{k,c,o}
 
-    The slices of every kernel offset ``k`` are concatenated along the channels to
-    patches ``[B, *S', prod(kernel) * C]``, which one matmul contracts with the kernel.
+    The slices of every kernel offset `k` are concatenated along the channels to
+    patches `[B, *S', prod(kernel) * C]`, which one matmul contracts with the kernel.
     Any number of spatial dimensions, every layout, stride, padding, kernel dilation and
-    dtype; ``jit``, ``vmap``, and forward, reverse and higher derivatives.
+    dtype; `jit`, `vmap`, and forward, reverse and higher derivatives.
 
-    The patches take ``prod(kernel)`` times the memory of the input and are kept for the
-    backward pass. What has no such form is handed to ``lax.conv_general_dilated``
-    unchanged: ``lhs_dilation`` other than 1 (a transposed convolution),
-    ``feature_group_count`` or ``batch_group_count`` other than 1, an ``out_sharding``,
+    The patches take `prod(kernel)` times the memory of the input and are kept for the
+    backward pass. What has no such form is handed to `lax.conv_general_dilated`
+    unchanged: `lhs_dilation` other than 1 (a transposed convolution),
+    `feature_group_count` or `batch_group_count` other than 1, an `out_sharding`,
     and an empty output.
 
     Args:
-      lhs: Input, ``[B, *S, C]`` (in Flax's layout).
-      rhs: Kernel, ``[*kernel, C, O]`` (in Flax's layout).
+      lhs: Input, `[B, *S, C]` (in Flax's layout).
+      rhs: Kernel, `[*kernel, C, O]` (in Flax's layout).
       window_strides: One stride per spatial dimension.
-      padding: ``"SAME"``, ``"SAME_LOWER"``, ``"VALID"`` or one ``(low, high)`` pair per
+      padding: `"SAME"`, `"SAME_LOWER"`, `"VALID"` or one `(low, high)` pair per
         spatial dimension.
       lhs_dilation: Dilation of the input; see above.
       rhs_dilation: Dilation of the kernel, one number per spatial dimension.
-      dimension_numbers: As in ``lax``; note that ``None`` means NCHW, OIHW, NCHW.
+      dimension_numbers: As in `lax`; note that `None` means NCHW, OIHW, NCHW.
       feature_group_count: See above.
       batch_group_count: See above.
-      precision: Of the matmul, as in ``lax.dot_general``.
-      preferred_element_type: Of the matmul, as in ``lax.dot_general``.
+      precision: Of the matmul, as in `lax.dot_general`.
+      preferred_element_type: Of the matmul, as in `lax.dot_general`.
       out_sharding: See above.
 
     Returns:
-      The convolution, ``[B, *S', O]`` in the output layout.
+      The convolution, `[B, *S', O]` in the output layout.
 
     Raises:
-      ValueError, TypeError: Whatever ``lax.conv_general_dilated`` raises for these
+      ValueError, TypeError: Whatever `lax.conv_general_dilated` raises for these
         arguments, raised by the same code.
 
     Example:
@@ -117,9 +115,7 @@ def matmul_conv(
     edges = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
     padded = lax.pad(lhs, jnp.zeros((), lhs.dtype), edges)
 
-    patches = _patches_p.bind(
-        padded, kernel=kernel, strides=tuple(window_strides), dilation=dilation
-    )
+    patches = _patches(padded, kernel=kernel, strides=window_strides, dilation=dilation)
     y = lax.dot_general(
         patches,
         rhs.reshape(-1, rhs.shape[-1]),
@@ -135,19 +131,19 @@ def max_pool(x: jax.Array, window: Sequence[int] = (2, 2)) -> jax.Array:
 
     .. math:: y_{b,s,c} = \max_{0 \le k < window} x_{b,\; s \cdot window + k,\; c}
 
-    The values are those of ``flax.linen.max_pool(x, window, strides=window)``; the
+    The values are those of `flax.linen.max_pool(x, window, strides=window)`; the
     backward pass is several times faster on a CPU. Where entries of a window tie, they
-    share the gradient, whereas ``lax.reduce_window`` gives all of it to the first.
+    share the gradient, whereas `lax.reduce_window` gives all of it to the first.
 
     Args:
-      x: Input, ``[B, *S, C]``.
+      x: Input, `[B, *S, C]`.
       window: One size per spatial dimension, each a divisor of that dimension.
 
     Returns:
-      The maxima, ``[B, *(S / window), C]``.
+      The maxima, `[B, *(S / window), C]`.
 
     Raises:
-      ValueError: ``window`` has not one size per spatial dimension, or does not divide.
+      ValueError: `window` has not one size per spatial dimension, or does not divide.
 
     Example:
       >>> import jax.numpy as jnp
@@ -171,15 +167,11 @@ def max_pool(x: jax.Array, window: Sequence[int] = (2, 2)) -> jax.Array:
     return x
 
 
-# Gathering patches is linear, so JAX could transpose it by itself, but would add
-# prod(kernel) arrays of the input's size. One spatial dimension after the other it is
-# sum(kernel) slice-adds (0 to 15 % off a step of a 5x5 CNN on a CPU). A custom_vjp
-# could say so too but would forbid forward mode, and `linear_call` has no batching
-# rule; hence two primitives, each the transpose of the other.
+def _patches(x, *, kernel, strides, dilation):
+    """`[B, *S, C]` to `[B, *S', prod(kernel) * C]`, one spatial dimension at a time.
 
-
-def _gather(x, *, kernel, strides, dilation):
-    """``[B, *S, C]`` to ``[B, *S', prod(kernel) * C]``, by slices."""
+    So its transpose adds sum(kernel) arrays up, not prod(kernel) of them.
+    """
     for axis in reversed(range(1, x.ndim - 1)):
         k, stride, d = kernel[axis - 1], strides[axis - 1], dilation[axis - 1]
         stop = x.shape[axis] - (k - 1) * d
@@ -188,56 +180,3 @@ def _gather(x, *, kernel, strides, dilation):
             x.ndim - 1,
         )
     return x
-
-
-def _scatter(y, *, shape, kernel, strides, dilation):
-    """``[B, *S', prod(kernel) * C]`` to ``[B, *S, C]``, by slice-adds."""
-    for axis in range(1, y.ndim - 1):
-        k, stride, d = kernel[axis - 1], strides[axis - 1], dilation[axis - 1]
-        # A stride leaves holes between the entries: fill them, so that every slice is
-        # contiguous and the additions happen in place.
-        holes = [(0, 0, 0)] * y.ndim
-        holes[axis] = (0, 0, stride - 1)
-        parts = jnp.split(lax.pad(y, jnp.zeros((), y.dtype), holes), k, -1)
-        size = (*y.shape[:axis], shape[axis - 1], *parts[0].shape[axis + 1 :])
-        total = jnp.zeros(size, y.dtype)
-        for i, part in enumerate(parts):
-            window = [slice(None)] * axis
-            window.append(slice(i * d, i * d + part.shape[axis]))
-            total = total.at[tuple(window)].add(part)
-        y = total
-    return y
-
-
-def _primitive(name, fn):
-    primitive = Primitive(name)
-    primitive.def_impl(fn)
-    mlir.register_lowering(primitive, mlir.lower_fun(fn, multiple_results=False))
-
-    def abstract(x, **params):
-        out = jax.eval_shape(
-            functools.partial(fn, **params), jax.ShapeDtypeStruct(x.shape, x.dtype)
-        )
-        return x.update(shape=out.shape)
-
-    def batch(args, axes, **params):
-        # Patches do not mix examples: a mapped axis is more examples.
-        x = jnp.moveaxis(args[0], axes[0], 0)
-        y = primitive.bind(x.reshape(-1, *x.shape[2:]), **params)
-        return y.reshape(*x.shape[:2], *y.shape[1:]), 0
-
-    primitive.def_abstract_eval(abstract)
-    batching.primitive_batchers[primitive] = batch
-    return primitive
-
-
-_patches_p = _primitive("jaxfl_patches", _gather)
-_unpatches_p = _primitive("jaxfl_unpatches", _scatter)
-ad.deflinear2(
-    _patches_p,
-    lambda ct, x, **params: [_unpatches_p.bind(ct, shape=x.aval.shape[1:-1], **params)],
-)
-ad.deflinear2(
-    _unpatches_p,
-    lambda ct, _, *, shape, **params: [_patches_p.bind(ct, **params)],
-)

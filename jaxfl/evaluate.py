@@ -70,9 +70,7 @@ def mean_metrics(
         return jax.tree.map(lambda m: jnp.sum(jnp.where(real, m, 0)), each), ()
 
     starts = jnp.arange(batches) * batch_size
-    sums, _ = map_clients(
-        on_batch, (params, examples), starts, chunk_size=1, mesh=mesh
-    )
+    sums, _ = map_clients(on_batch, (params, examples), starts, chunk_size=1, mesh=mesh)
     return jax.tree.map(lambda s: s.astype(jnp.float32) / count, sums)
 
 
@@ -107,8 +105,8 @@ def on_server(
 class Comparison(NamedTuple):
     """The histories of the same model, data and budget in three regimes.
 
-    In each, `history.clients.metrics["probe"]` holds, `[R, K, probes]`, what each node's
-    own model scored on the held-out examples inside and at the end of every round.
+    In each, `history.clients.metrics["probe"]` holds, `[R, K, probes]`, what each
+    node's own model scored on the held-out examples inside every round.
 
     Attributes:
       initial: `{name: float}`, what the model scores that all of them start from.
@@ -137,7 +135,6 @@ def compare(
     chunk_size: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
-    probes: int = 1,
     **work: Unpack[local.Work],
 ) -> Comparison:
     """Does it work? Federated, isolated and pooled training of one model on one budget.
@@ -158,8 +155,8 @@ def compare(
       chunk_size: see `federate`.
       mesh: see `federate`.
       progress: whether to show a progress bar.
-      probes: evaluations of every node's model inside each round, see `local.Work`.
-      **work: what a node does in a round, see `local.Work`.
+      **work: what a node does in a round, see `local.Work`; `probes` is how often its
+        model is evaluated in each round, 1 if not given.
 
     Returns:
       A `Comparison`.
@@ -171,7 +168,7 @@ def compare(
     def probe(params):
         return mean_metrics(model.metrics, params, heldout)
 
-    work = {**work, "probe": probe, "probes": probes}
+    work = local.Work(**{"probes": 1, **work, "probe": probe})
     pooled_optimizer = pooled_optimizer or client_optimizer
     federated = fedavg(model.loss, client_optimizer, server_optimizer, **work)
     alone = isolated(model.loss, client_optimizer, **work)

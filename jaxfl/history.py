@@ -36,10 +36,11 @@ class History:
         return self.evaluations[metric]
 
     def bits(self) -> Columns:
-        """Bits sent up and down by all clients together, in each round, float64 `[R]`."""
+        """Bits that all clients together sent and received in each round, `[R]`."""
+        up, down = self.clients.bits_up, self.clients.bits_down
         return {
-            "up": np.sum(self.clients.bits_up, 1, dtype=np.float64),
-            "down": np.sum(self.clients.bits_down, 1, dtype=np.float64),
+            "up": np.asarray(up).astype(np.float64).sum(1),
+            "down": np.asarray(down).astype(np.float64).sum(1),
         }
 
     def evaluation_table(self) -> Columns:

@@ -162,7 +162,9 @@ def check_work(**work: Unpack[Work]) -> None:
     """Raises, before anything compiles, unless these options make sense together."""
     unknown = sorted(set(work) - set(Work.__annotations__))
     if unknown:
-        raise TypeError(f"unknown options {unknown}; there are {[*Work.__annotations__]}.")
+        raise TypeError(
+            f"unknown options {unknown}; there are {[*Work.__annotations__]}."
+        )
     epochs, steps = work.get("epochs"), work.get("steps")
     if epochs is not None and steps is not None:
         raise ValueError(f"give epochs or steps, not both: got {epochs=} and {steps=}.")

@@ -1,7 +1,7 @@
 """The round: an algorithm, a channel and an aggregator composed over a cohort."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,6 @@ from jaxfl.core import (
     Channel,
     ClientState,
     Cohort,
-    Context,
     Data,
     Federation,
     Info,
@@ -38,7 +37,7 @@ AXIS = "clients"
 NOBODY = jnp.iinfo(jnp.int32).max
 
 
-def client_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+def client_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh that spreads clients over devices, all of them by default.
 
     On a CPU, `jax.config.update("jax_num_cpu_devices", cores)` before JAX is used
@@ -65,7 +64,8 @@ def map_clients(
     can be written by hand on it, and is as fast.
 
     Memory grows with `chunk_size` times what one client needs, not with K: sums are
-    streamed. Sums of 16-bit floats are kept in float32 until the end; of flags, counted.
+    streamed. Sums of 16-bit floats are kept in float32 until the end; flags are
+    counted.
 
     Args:
       fn: `(shared, x_i) -> (to_sum, to_stack)`, for one client.
@@ -145,14 +145,14 @@ def _map_chunks(fn, shared, xs, chunk: int):
         stacked = jax.tree.map(lambda a: a.reshape(k, *a.shape[2:]), stacked)
 
     def settle(x, to):
-        return x if to.dtype == bool else x.astype(to.dtype)
+        return x if jnp.issubdtype(to.dtype, jnp.bool_) else x.astype(to.dtype)
 
     return jax.tree.map(settle, summed, one), stacked
 
 
 def _accumulator(dtype):
     """Flags are counted, and sums of 16-bit floats would lose what is small."""
-    if dtype == bool:
+    if jnp.issubdtype(dtype, jnp.bool_):
         return jnp.dtype(jnp.int32)
     narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
     return jnp.dtype(jnp.float32) if narrow else dtype
@@ -493,7 +493,8 @@ def _same(old: PyTree, new: PyTree, name: str) -> PyTree:
     before, after = jax.tree.structure(old), jax.tree.structure(new)
     if before != after:
         raise TypeError(
-            f"{name} must return a state of the structure it got: {before}, not {after}."
+            f"{name} must return a state of the structure it got, {before}, "
+            f"not {after}."
         )
 
     def leaf(path, a, b):

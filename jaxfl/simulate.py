@@ -233,68 +233,67 @@ def simulate(
             cohort_size=None if cohort_size == n else cohort_size,
         )
 
-    done, saved, folder = 0, [], None
-    if checkpoint is not None:
-        from jaxfl.checkpoint import Checkpoints
+    with contextlib.ExitStack() as stack:
+        pieces, unread, folder = [], [], None  # of history
+        if checkpoint is not None:
+            from jaxfl.checkpoint import Checkpoints
 
-        folder = Checkpoints(
-            checkpoint,
-            {
+            run = {
                 "key": jax.random.key_data(key).tolist(),
                 "population": n,
                 "cohort_size": cohort_size,
                 "every": every,
-            },
-        )
-        like = jax.eval_shape(lambda s: segment(s, 1)[1], state)
-        state, saved = folder.restore(state, like)
-        done = int(state.round)
+            }
+            folder = stack.enter_context(
+                contextlib.closing(Checkpoints(checkpoint, run))
+            )
+            piece = jax.eval_shape(lambda s: segment(s, 1)[1], state)
+            state, pieces = folder.restore(state, piece)
         checkpoint_every = checkpoint_every or every * max(1, rounds // every // 20)
+        done = int(state.round)
+        reached = _holds(until, pieces)
+        interrupted = stack.enter_context(_interruptible())
+        show = stack.enter_context(_progress_bar(progress, rounds, done))
 
-    unread, unsaved = [], []  # pieces of history: on the device, and read but not saved
-    with _interruptible() as interrupted, _progress_bar(progress, rounds, done) as show:
-        reached = bool(saved) and _holds(until, saved[-1])
+        def read(all_but: int):
+            while len(unread) > all_but:
+                pieces.append(jax.device_get(unread.pop(0)))
+                show(pieces[-1])
+
         while done < rounds and not (reached or interrupted()):
             length = min(every - done % every, rounds - done)
             state, piece = segment(state, length)
             done += length
+            save = folder is not None and done % checkpoint_every == 0
             unread.append(piece)
-            if until or len(unread) > 1:
-                unsaved.append(jax.device_get(unread.pop(0)))
-                show(unsaved[-1])
-                reached = _holds(until, unsaved[-1])
-            if folder and (done % checkpoint_every == 0 or done == rounds):
-                unsaved += jax.device_get(unread)
-                unread.clear()
-                saved.append(histories.concatenate(unsaved))
-                folder.save(state, saved[-1])
-                unsaved.clear()
-        unsaved += jax.device_get(unread)
-        if unsaved:
-            show(unsaved[-1])
-            saved.append(histories.concatenate(unsaved))
-            if folder:
-                folder.save(state, saved[-1])
-    if folder:
-        folder.close()
+            read(all_but=0 if save or until else 1)
+            reached = _holds(until, pieces)
+            if folder and save:
+                folder.save(state, pieces)
+        read(all_but=0)
+        if folder:
+            folder.save(state, pieces)
+    if not pieces:
+        raise KeyboardInterrupt
     if done < rounds and not reached:
         warnings.warn(f"interrupted after {done} of {rounds} rounds", stacklevel=2)
-    if not saved:
-        raise KeyboardInterrupt
-    info, evaluations = histories.concatenate(saved)
+    info, evaluations = histories.concatenate(pieces)
     at = np.minimum(np.arange(every, done + every, every), done).astype(np.int32)
     return state, History(info, evaluations, at)
 
 
-def _holds(until: Callable | None, piece: tuple[Info, dict]) -> bool:
-    """Whether the last evaluation of a piece of history ends the run."""
-    return bool(until and until({k: v[-1] for k, v in piece[1].items()}))
+def _holds(until: Callable | None, pieces: list[tuple[Info, dict]]) -> bool:
+    """Whether the last evaluation that was read ends the run."""
+    if until is None or not pieces:
+        return False
+    _, evaluations = pieces[-1]
+    return bool(until({name: values[-1] for name, values in evaluations.items()}))
 
 
 def _check_arguments(n, rounds, key, cohort_size, weight, every, checkpoint_every):
     if not (
         isinstance(key, jax.Array)
-        and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+        and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         and key.ndim == 0
     ):
         raise TypeError(f"key must be one key, jax.random.key(seed), got {key!r}.")

@@ -56,9 +56,11 @@ def dithered():
     return jaxfl.Channel(lambda payload: ((), ()), encode, decode)
 
 
-def fedavg(rate=0.1, **work):
-    work = {"batch_size": 2, "epochs": 2} | work
-    return jaxfl.fedavg(toy.loss, optax.sgd(rate, momentum=0.5), optax.sgd(0.7), **work)
+def fedavg(rate=0.1, epochs: int | None = 2, steps: int | None = None):
+    client, server = optax.sgd(rate, momentum=0.5), optax.sgd(0.7)
+    return jaxfl.fedavg(
+        toy.loss, client, server, batch_size=2, epochs=epochs, steps=steps
+    )
 
 
 def descent(rate=0.1):
@@ -251,7 +253,7 @@ def test_state_keeps_its_shape_and_nothing_recompiles(name):
             lambda x: (x.shape, x.dtype), state
         )
         state = new
-    assert round_fn._cache_size() == 1
+    assert round_fn._cache_size() == 1  # pyright: ignore
 
 
 # --- 5. transforms ----------------------------------------------------------
@@ -289,9 +291,11 @@ def test_vmap_over_seeds_and_hyper_parameters(name):
 
     def bare_traced(tree):
         return jax.tree.map(
-            lambda x: jax.random.key_data(x)
-            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-            else x,
+            lambda x: (
+                jax.random.key_data(x)
+                if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+                else x
+            ),
             tree,
         )
 
@@ -319,9 +323,7 @@ def test_draws_are_the_clients_own_to_the_bit(plan):
         algorithm = jaxfl.Algorithm(
             lambda params: ((), ()), client, lambda ctx, server, outcome: server
         )
-        federation = jaxfl.federate(
-            algorithm, dithered(), chunk_size=chunk, mesh=mesh
-        )
+        federation = jaxfl.federate(algorithm, dithered(), chunk_size=chunk, mesh=mesh)
         _, info = run(federation, toy.cohort(data, clients))
         return {
             c: (int(info.metrics["draw"][i]), float(info.reports["draw"][i]))

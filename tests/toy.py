@@ -1,5 +1,7 @@
 """A small federation whose every number can be checked by hand."""
 
+from collections.abc import Iterable
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -34,7 +36,7 @@ def data(sizes=SIZES, seed=0):
     return jaxfl.from_arrays(jnp.asarray(x), jnp.asarray(y), ids, len(sizes))
 
 
-def cohort(data, clients=range(N), alive=None):
+def cohort(data, clients: Iterable[int] = range(N), alive=None):
     """A cohort of these clients, weighted by their numbers of examples."""
     clients = jnp.asarray(list(clients), jnp.int32)
     size = jnp.asarray(data.size)[clients]

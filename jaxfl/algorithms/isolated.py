@@ -19,7 +19,7 @@ def isolated(
     client_optimizer: optax.GradientTransformation,
     **work: Unpack[local.Work],
 ) -> Algorithm:
-    """Each node trains as often as in `fedavg`, on a model of its own, and sends nothing.
+    """Each node trains a model of its own, as often as in `fedavg`, and sends nothing.
 
     Its message is the empty payload, of zero bits, so that any channel of any
     federation can be left round it. Node k's model is row k of
