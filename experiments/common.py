@@ -33,11 +33,12 @@ def settings(presets: Mapping[str, Settings], description: str | None) -> Settin
       presets: frozen dataclasses of one type, by the value of their field `preset`.
       description: of the experiment, for `--help`.
     """
-    parser = argparse.ArgumentParser(add_help=False)
+    prog = f"python -m experiments.{Path(sys.argv[0]).stem}"
+    parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=presets, default=next(iter(presets)))
     preset = parser.parse_known_args()[0].preset
     default = presets[preset]
-    return tyro.cli(type(default), default=default, description=description)
+    return tyro.cli(type(default), prog=prog, default=default, description=description)
 
 
 def cores_as_devices() -> None:
@@ -101,11 +102,13 @@ def tidy(*all_axes: Any) -> None:
 
     for axes in all_axes:
         axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_yscale() == "log":
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                axis.set_minor_formatter(NullFormatter())
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence]) -> None:

@@ -25,21 +25,31 @@ class Settings:
     """An MLP, trained by SGD whose momentum starts afresh in every round."""
 
     preset: Literal["ci", "full"]
+    """Where the other settings start from: a small run, or the whole one."""
     rounds: int
+    """In each a node trains once and all of them average."""
     seeds: int
     """Runs of every case, vmapped: own partition, initial weights and batches each."""
     data: Literal["embedded", "files", "tfds"] = "embedded"
+    """The subset in the package, the original files in $JAXFL_DATA_DIR, or TFDS."""
     nodes: int = 10
+    """Clients; all take part in every round."""
     biases: tuple[float, ...] = (0.0, 0.9, 1.0)
     """Share of each class that lies on its own node; 0 is uniform over all nodes."""
     hidden: tuple[int, ...] = (256, 128)
+    """Sizes of the MLP's hidden layers."""
     learning_rate: float = 0.01
+    """Of the nodes."""
     pooled_learning_rate: float = 0.1
+    """Of the model that is not federated."""
     momentum: float = 0.5
+    """Begun afresh in every round."""
     batch_size: int = 64
+    """Examples a step."""
     epochs: int = 1
     """Passes over a node's data in a round."""
     seed: int = 0
+    """The first of the seeds."""
 
 
 PRESETS = {

@@ -24,22 +24,33 @@ class Settings:
     """The model and the optimiser of `mnist_skews`, on one partition."""
 
     preset: Literal["ci", "full"]
+    """Where the other settings start from: a small run, or the whole one."""
     rounds: int
+    """In each a node trains once and all of them average."""
     data: Literal["embedded", "files", "tfds"] = "embedded"
+    """The subset in the package, the original files in $JAXFL_DATA_DIR, or TFDS."""
     nodes: int = 10
+    """Clients; all take part in every round."""
     bias: float = 0.9
     """Share of each class that lies on its own node; 0 is uniform over all nodes."""
     isolated_node: int = 0
+    """Which node is drawn that never communicates; all are in history.csv."""
     probes: int = 6
     """Points on every node's curve inside each round."""
     heldout: int = 1000
     """Test digits on which all curves are measured."""
     hidden: tuple[int, ...] = (256, 128)
+    """Sizes of the MLP's hidden layers."""
     learning_rate: float = 0.01
+    """Of the nodes, and of the pooled model."""
     momentum: float = 0.5
+    """Begun afresh in every round."""
     batch_size: int = 64
+    """Examples a step."""
     epochs: int = 1
+    """Passes over a node's data in a round."""
     seed: int = 0
+    """Of the partition, the initial weights and the batches."""
 
 
 PRESETS = {

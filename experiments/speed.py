@@ -1,15 +1,19 @@
 """How fast a round is, against federated averaging written by hand.
 
-Four workloads on images of MNIST's shape (random pixels: speed does not depend on
-them), E = 1, B = 10; every row in a process of its own, so that compile time and peak
-memory are its own:
+Workloads on images of MNIST's shape (random pixels: speed does not depend on them),
+E = 1 and B = 10:
 
-  W1 CNN, 100 clients x 600, cohort 10          W2 2NN, the same
-  W3 logistic regression, 1,000 x 60, cohort 100   W4 2NN, cohort all 100
+- W1: CNN, 100 clients x 600 examples, cohort 10
+- W2: 2NN, the same
+- W3: logistic regression, 1,000 clients x 60, cohort 100
+- W4: 2NN, 100 clients x 600, cohort 100
+- scale: logistic regression, 10,000 clients x 60, cohort 1,000, in chunks
+- tiny: logistic regression, 20 clients x 20, cohort 10
 
-against (a) Python loops over clients and steps, (b) a Python loop over clients, (c) a
-plain vmap, (d) centralised SGD on as many examples, see `experiments.baselines`; and
-`scale`: 10,000 clients x 60, cohort 1,000, logistic regression, in chunks.
+Each with jaxfl under several execution plans, and by hand (`experiments.baselines`):
+loops in Python over clients and steps (a) or clients only (b), a plain vmap (c), and
+centralised SGD on as many examples (d). Every row runs in a process of its own, so
+that its compile time and peak memory are its own.
 """
 
 import dataclasses
@@ -69,7 +73,9 @@ POOLED = "(a) with reshape pooling"  # a baseline that someone has tuned
 @dataclasses.dataclass(frozen=True)
 class Settings:
     preset: Literal["ci", "full"]
+    """Where the other settings start from: the tiny workload, or all the others."""
     workloads: tuple[str, ...]
+    """Which of those above."""
     rows: tuple[str, ...]
     """Which baselines and plans to run; all of them by default."""
     rounds: int = 7
@@ -116,8 +122,8 @@ def flops_of_round(network, work: Workload) -> float:
     params = network.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
     x, y = jnp.zeros((BATCH, 28, 28, 1)), jnp.zeros(BATCH, jnp.int32)
     step = jax.jit(jax.grad(baselines.loss_of(network))).lower(params, x, y).compile()
-    cost = step.cost_analysis()
-    return cost["flops"] * work.cohort * work.examples / BATCH
+    cost = step.cost_analysis() or {}
+    return cost.get("flops", np.nan) * work.cohort * work.examples / BATCH
 
 
 def hand_written(work: Workload, row: str, x, y):
@@ -207,6 +213,7 @@ def measure(config: Settings) -> dict:
         "seconds": float(np.median(seconds)),
         "fastest": min(seconds),
         "rounds": len(seconds),
+        "each": seconds,
         "compile_seconds": max(0.0, first - float(np.median(seconds))),
         "peak_bytes": peak,
         "flops_per_second": flops / float(np.median(seconds)),
@@ -225,8 +232,40 @@ def in_own_process(name: str, row: str, config: Settings) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def draw(summary: dict):
+    import matplotlib.pyplot as plt
+
+    counts = [len(workload["rows"]) for workload in summary.values()]
+    figure, panels = plt.subplots(
+        *(len(counts), 1),
+        figsize=(7.5, 0.8 + 0.4 * len(counts) + 0.28 * sum(counts)),
+        height_ratios=counts,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, (name, workload) in zip(panels[:, 0], summary.items(), strict=True):
+        rows = workload["rows"]
+        bars = axes.barh(
+            list(rows),
+            [row["seconds"] for row in rows.values()],
+            color=[common.BLUE if row in PLANS else "0.7" for row in rows],
+        )
+        axes.bar_label(bars, fmt="%.3g", padding=3)
+        axes.set_title(name, loc="left")
+        axes.margins(x=0.2)
+        axes.invert_yaxis()
+    panels[-1, 0].set_xlabel("time of a round, median (seconds)")
+    common.tidy(*panels[:, 0])
+    for axes in panels[:, 0]:
+        axes.grid(visible=False, axis="y")
+    return figure
+
+
 def main() -> None:
     config = common.settings(PRESETS, __doc__)
+    for given, known in ((config.workloads, WORKLOADS), (config.rows, ROWS)):
+        if unknown := set(given) - set(known):
+            sys.exit(f"unknown: {sorted(unknown)}; there are: {list(known)}")
     if config.one:
         print(json.dumps(measure(config)))
         return
@@ -245,7 +284,7 @@ def main() -> None:
             results[row]["seconds"] for row in list(BASELINES)[:3] if row in results
         ]
         ours = {row: results[row]["seconds"] for row in PLANS if row in results}
-        best = min(ours, key=ours.get) if ours else None
+        best = min(ours, key=lambda row: ours[row]) if ours else None
         for row, r in results.items():
             ratio = min(by_hand) / r["seconds"] if by_hand else None
             rows.append(
@@ -271,8 +310,19 @@ def main() -> None:
         rows,
     )
     folder = common.results_folder("speed")
+    figure = draw(summary)
+    table = {"workload": [], "row": [], "round": [], "seconds": []}
+    for name, workload in summary.items():
+        for row, results in workload["rows"].items():
+            for i, seconds in enumerate(results.pop("each"), 1):
+                for column, value in zip(table, (name, row, i, seconds), strict=True):
+                    table[column].append(value)
+    jaxfl.history.write_csv(
+        folder / "history.csv", {k: np.array(v) for k, v in table.items()}
+    )
     summary |= {"matmul_flops_per_second": peak, "settings": dataclasses.asdict(config)}
     common.save_summary(folder, summary)
+    common.save_figure(folder, figure, "speed")
 
 
 if __name__ == "__main__":

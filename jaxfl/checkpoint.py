@@ -54,6 +54,7 @@ class Checkpoints:
         """
         ocp, newest = self._ocp, self._manager.latest_step()
         if newest is None:
+            self._forget_after(0)
             return state, []
         saved_run = self._manager.restore(
             newest, args=ocp.args.Composite(run=ocp.args.JsonRestore())
@@ -77,18 +78,32 @@ class Checkpoints:
                 f"checkpoint: {self._path} holds the state of another federation."
             ) from error
         saved = jax.tree.map(
-            lambda new, old: jax.device_put(_wrap(new, old), old.sharding), saved, state
+            lambda new, old: _wrap(jax.device_put(new, _bare(old).sharding), old),
+            saved,
+            state,
         )
         treedef = jax.tree.structure(piece)
         pieces = []
         for file in sorted(self._history.glob("*.npz")):
             if int(file.stem) <= newest:
                 with np.load(file) as leaves:
+                    if len(leaves) != treedef.num_leaves:
+                        raise ValueError(
+                            f"checkpoint: {self._path} holds a run with another "
+                            "evaluate."
+                        )
                     pieces.append(
                         treedef.unflatten(leaves[str(i)] for i in range(len(leaves)))
                     )
         self._pieces = len(pieces)
+        self._forget_after(newest)
         return saved, pieces
+
+    def _forget_after(self, step: int) -> None:
+        """Removes history whose state was never saved: its rounds are run again."""
+        for file in self._history.glob("*.npz"):
+            if jax.process_index() == 0 and int(file.stem) > step:
+                file.unlink()
 
     def save(self, state: State, pieces: list[PyTree]) -> None:
         """Saves a state and those pieces of history that are not yet saved."""

@@ -11,7 +11,7 @@ import optax
 from jaxfl import local
 from jaxfl.algorithms.fedavg import fedavg
 from jaxfl.algorithms.isolated import isolated
-from jaxfl.channel import mean
+from jaxfl.channel import identity, mean
 from jaxfl.core import Channel, Params, State
 from jaxfl.data.federated import ClientData, pool
 from jaxfl.history import History
@@ -191,6 +191,6 @@ def compare(
     return Comparison(
         initial=jax.device_get(jax.jit(probe)(params)),
         federated=run(federated, channel or mean(), data, mesh),
-        isolated=run(alone, mean(), data, mesh),
+        isolated=run(alone, identity(), data, mesh),
         pooled=run(pooled, mean(), pool(data), None),
     )

@@ -14,6 +14,7 @@ from jaxfl.core import Info
 Columns = dict[str, np.ndarray]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class History:
     """All rounds of a run, R of them, and its n evaluations.
@@ -55,16 +56,17 @@ class History:
         """One row a client and round: who, what was sent, and every single metric."""
         rounds, k = self.clients.client.shape
         columns = {"round": np.repeat(np.arange(1, rounds + 1), k)}
-        named = {**self.clients._asdict(), **self.clients.metrics}
+        metrics = self.clients.metrics
+        named = self.clients._asdict() | (metrics if isinstance(metrics, dict) else {})
         for name, values in named.items():
             if isinstance(values, np.ndarray) and values.ndim == 2:
                 columns[name] = values.reshape(-1)
         return columns
 
 
-def concatenate(parts: list[tuple[Info, dict]]) -> tuple[Info, dict]:
-    """Consecutive pieces of a run as one."""
-    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+def concatenate(pieces: list[History]) -> History:
+    """The history of a run from those of its consecutive pieces."""
+    return jax.tree.map(lambda *x: np.concatenate(x), *pieces)
 
 
 def write_csv(path: str | os.PathLike, columns: Columns) -> None:

@@ -115,7 +115,8 @@ def train(
     check_work(**work)
     if not isinstance(data, ClientData) or jnp.ndim(data.start) != 0:
         raise TypeError(f"data must be the ClientData of one client, got {data!r}.")
-    batch = work.get("batch_size", 32) or max(1, data.longest)
+    longest = max(1, data.longest)
+    batch = min(work.get("batch_size", 32) or longest, longest)
     size = data.size if data.static_size is None else data.static_size
     per_pass = -(-size // batch)  # an int where clients are alike, else traced
 
@@ -139,7 +140,7 @@ def train(
             place < data.size,
             jax.random.fold_in(step_key, i),
         )
-        updates, state = optimizer.update(grads, state, params)
+        updates, state = optimizer.update(_at_once(grads), state, params)
         return optax.apply_updates(params, updates), state, loss + value
 
     carry = params, optimizer.init(params), jnp.float32(0)
@@ -172,6 +173,19 @@ def check_work(**work: Unpack[Work]) -> None:
         value = work.get(name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def _at_once(grads: PyTree) -> PyTree:
+    """The same gradients, none of which is ready before all of them are.
+
+    While a weight is still to be read for the gradient of a layer below it cannot be
+    updated in place, so XLA's CPU compiler copies it, in every step. A zero that
+    depends on every gradient, and that no compiler can see to be zero, says that an
+    update never comes before the last of them: a fifth of a step of the CNN.
+    """
+    firsts = [jnp.abs(g.ravel()[0]) for g in jax.tree.leaves(grads) if g.size]
+    zero = jnp.nan_to_num(sum(jnp.minimum(x, 0) for x in firsts))
+    return jax.tree.map(lambda g: g - zero.astype(g.dtype), grads)
 
 
 def _at_least_one(n):

@@ -281,9 +281,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
       >>> cross_entropy(jnp.zeros((2, 4)), jnp.array([0, 3]))
       Array([1.3862944, 1.3862944], dtype=float32)
     """
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), labels
-    )
+    # By one-hot labels: the gradient of a lookup is a scatter, slow in small steps.
+    targets = jax.nn.one_hot(labels, logits.shape[-1])
+    losses = optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
     return _per_example(losses)
 
 

@@ -65,7 +65,7 @@ def map_clients(
 
     Memory grows with `chunk_size` times what one client needs, not with K: sums are
     streamed. Sums of 16-bit floats are kept in float32 until the end; flags are
-    counted.
+    counted; integers wrap, as modular sums need them to.
 
     Args:
       fn: `(shared, x_i) -> (to_sum, to_stack)`, for one client.
@@ -87,6 +87,8 @@ def map_clients(
     >>> summed.item(), stacked.tolist()
     (60.0, [0.0, 1.0, 4.0, 9.0])
     """
+    if not jax.tree.leaves(xs):
+        raise ValueError("xs must have an array, with a client axis.")
     k = jax.tree.leaves(xs)[0].shape[0]
     devices = 1 if mesh is None else mesh.shape[AXIS]
     if k % devices:
@@ -179,7 +181,8 @@ def federate(
       - A client that is not alive is as one never asked, even if its data is NaN.
       - An update that is not finite is dropped and counted in `info.rejected`; its
         client's state stays as it was.
-      - A round in which nothing is delivered leaves the algorithm's state as it was.
+      - A round in which nothing is delivered, because nobody sent or because the
+        aggregate overflowed, leaves the algorithm's state as it was.
 
     Args:
       algorithm: what is computed.
@@ -271,6 +274,7 @@ def federate(
             own.algorithm,
             _rejoin(examples, data),
         )
+        own_algorithm = _same(own.algorithm, own_algorithm, "algorithm.client")
         finite = tree.is_finite(payload)
         weight = jnp.where(alive & finite, weight, 0.0)
         bits = jnp.where(weight > 0, jnp.float32(tree.num_bits(payload)), 0.0)
@@ -280,6 +284,7 @@ def federate(
             channel_server,
             own.channel,
         )
+        own_channel = _same(own.channel, own_channel, "channel.encode")
         finite &= tree.is_finite(message.payload)
         done = alive & finite
         sent = done & (message.weight > 0)
@@ -303,10 +308,9 @@ def federate(
         server, population = state.server, state.population
         client_key, server_key = jax.random.split(jax.random.fold_in(key, state.round))
 
+        roster = jnp.asarray(cohort.client, jnp.int32)
+        ctx = server_context(server_key, state.round, roster, cohort.alive, population)
         cohort = _pad(cohort, chunk_size, mesh)
-        ctx = server_context(
-            server_key, state.round, cohort.client, cohort.alive, population
-        )
         aggregate_key, decode_key, step_key = jax.random.split(ctx.key, 3)
         broadcast = algorithm.broadcast(server.algorithm)
         examples, rows = _separate(cohort.data)
@@ -325,7 +329,6 @@ def federate(
             lambda x: x[:k], (cohort._replace(data=()), stacked)
         )
         payloads, own, sent, rejected, bits_up, metrics, each = stacked
-        ctx = ctx._replace(roster=cohort.client, alive=cohort.alive)
 
         payload, delivered, aggregator_state = aggregator.apply(
             ctx._replace(key=aggregate_key),
@@ -336,6 +339,7 @@ def federate(
         payload, channel_server = channel.decode(
             ctx._replace(key=decode_key), payload, server.channel, reports
         )
+        delivered &= tree.is_finite(payload)  # a sum can overflow
         stepped = algorithm.server(
             ctx._replace(key=step_key),
             server.algorithm,
@@ -346,6 +350,7 @@ def federate(
         given = jax.vmap(algorithm.receive, (None, 0, 0))(
             stepped, own.algorithm, delivered
         )
+        given = _same(own.algorithm, given, "algorithm.receive")
         own = own._replace(
             algorithm=tree.where_rows(cohort.alive, given, own.algorithm)
         )

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import hashlib
+import numbers
 import os
 import signal
 import threading
@@ -15,10 +17,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxfl import history as histories
-from jaxfl.core import Cohort, Data, Federation, Info, Metrics, Params, State
+from jaxfl.core import Cohort, Data, Federation, Info, Params, State
 from jaxfl.data.federated import ClientData
-from jaxfl.history import History
+from jaxfl.history import History, concatenate
 from jaxfl.round import population_size, select_clients
 
 PyTree = Any
@@ -140,7 +141,7 @@ def scan_rounds(
 )
 def _segment(federation, state, data, weight, evaluate, key, *, rounds, cohort_size):
     """The compiled unit of `simulate`: some rounds, then an evaluation."""
-    out = scan_rounds(
+    state, (info, evaluations) = scan_rounds(
         federation,
         state,
         data,
@@ -151,6 +152,7 @@ def _segment(federation, state, data, weight, evaluate, key, *, rounds, cohort_s
         evaluate=evaluate,
         every=rounds,
     )
+    out = state, History(info, evaluations, state.round[None])
     if federation.mesh is None:
         return out
     # Every process reads all of it, and the next call finds what this one found.
@@ -195,8 +197,10 @@ def simulate(
       evaluate: `state -> {name: array}` after every segment, on the device; see
         `evaluate.on_server`.
       every: rounds in a segment.
-      checkpoint: a folder. If it holds a run that was begun with the same arguments it
-        goes on where that stopped, to the same bits.
+      checkpoint: a folder. If it holds a run, this one goes on where that stopped, to
+        the same bits. It must have been begun with the same arguments: the key, the
+        initial params, the weights, N, K and `every` are checked, the data and the
+        federation are taken on trust. `rounds` may grow.
       checkpoint_every: rounds between checkpoints, a multiple of `every`; about twenty
         checkpoints a run by default. The last round is always saved.
       until: `{name: value} -> bool`, stops the run after the first evaluation for which
@@ -240,6 +244,8 @@ def simulate(
 
             run = {
                 "key": jax.random.key_data(key).tolist(),
+                "params": _digest(params),
+                "weight": _digest(weight),
                 "population": n,
                 "cohort_size": cohort_size,
                 "every": every,
@@ -251,6 +257,8 @@ def simulate(
             state, pieces = folder.restore(state, piece)
         checkpoint_every = checkpoint_every or every * max(1, rounds // every // 20)
         done = int(state.round)
+        if done > rounds:
+            raise ValueError(f"rounds: {checkpoint} holds {done}, more than {rounds}.")
         reached = _holds(until, pieces)
         interrupted = stack.enter_context(_interruptible())
         show = stack.enter_context(_progress_bar(progress, rounds, done))
@@ -277,17 +285,23 @@ def simulate(
         raise KeyboardInterrupt
     if done < rounds and not reached:
         warnings.warn(f"interrupted after {done} of {rounds} rounds", stacklevel=2)
-    info, evaluations = histories.concatenate(pieces)
-    at = np.minimum(np.arange(every, done + every, every), done).astype(np.int32)
-    return state, History(info, evaluations, at)
+    return state, concatenate(pieces)
 
 
-def _holds(until: Callable | None, pieces: list[tuple[Info, dict]]) -> bool:
+def _holds(until: Callable | None, pieces: list[History]) -> bool:
     """Whether the last evaluation that was read ends the run."""
     if until is None or not pieces:
         return False
-    _, evaluations = pieces[-1]
-    return bool(until({name: values[-1] for name, values in evaluations.items()}))
+    newest = {name: values[-1] for name, values in pieces[-1].evaluations.items()}
+    return bool(until(newest))
+
+
+def _digest(tree: PyTree) -> str:
+    """A fingerprint of the numbers in a tree."""
+    digest = hashlib.sha256()
+    for x in jax.tree.leaves(jax.device_get(tree)):
+        digest.update(np.asarray(x).tobytes())
+    return digest.hexdigest()
 
 
 def _check_arguments(n, rounds, key, cohort_size, weight, every, checkpoint_every):
@@ -298,12 +312,15 @@ def _check_arguments(n, rounds, key, cohort_size, weight, every, checkpoint_ever
     ):
         raise TypeError(f"key must be one key, jax.random.key(seed), got {key!r}.")
     for name, value in (("rounds", rounds), ("every", every)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, numbers.Integral) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
     if cohort_size is not None and not 1 <= cohort_size <= n:
         raise ValueError(f"cohort_size must be between 1 and {n}, got {cohort_size}.")
-    if weight is not None and np.shape(weight) != (n,):
-        raise ValueError(f"weight must have shape ({n},), got {np.shape(weight)}.")
+    if weight is not None:
+        if np.shape(weight) != (n,):
+            raise ValueError(f"weight must have shape ({n},), got {np.shape(weight)}.")
+        if not (np.isfinite(weight).all() and (np.asarray(weight) >= 0).all()):
+            raise ValueError("weight must be finite and not negative.")
     if checkpoint_every is not None and (
         checkpoint_every < 1 or checkpoint_every % every
     ):
@@ -316,7 +333,16 @@ def _place(tree: PyTree, federation: Federation) -> PyTree:
     """The tree on the device, or on every device of the federation's mesh."""
     if federation.mesh is None:
         return jax.tree.map(jnp.asarray, tree)
-    return jax.device_put(tree, NamedSharding(federation.mesh, P()))
+    everywhere = NamedSharding(federation.mesh, P())
+
+    def put(x):
+        if not jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
+            return jax.device_put(x, everywhere)
+        # device_put refuses keys where the mesh spans several processes.
+        words = jax.device_put(jax.random.key_data(x), everywhere)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
+
+    return jax.tree.map(put, tree)
 
 
 @contextlib.contextmanager
@@ -331,7 +357,9 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         stop.set()
         signal.signal(signal.SIGINT, previous)
 
-    previous = signal.signal(signal.SIGINT, first)
+    # None stands for a handler that Python did not install and cannot put back.
+    previous = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+    signal.signal(signal.SIGINT, first)
     try:
         yield stop.is_set
     finally:
@@ -357,14 +385,13 @@ def _progress_bar(visible: bool, rounds: int, done: int) -> Iterator[Callable]:
     with bar:
         task = bar.add_task("", total=rounds, completed=done, rate="", metrics="")
 
-        def show(piece: tuple[Info, Metrics]):
-            info, evaluations = piece
+        def show(piece: History):
             newest = {
                 name: values[-1]
-                for name, values in evaluations.items()
+                for name, values in piece.evaluations.items()
                 if np.ndim(values) == 1
             }
-            bar.advance(task, len(info.client))
+            bar.advance(task, len(piece.clients.client))
             speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
             bar.update(
                 task,

@@ -21,9 +21,8 @@ def isolated(
 ) -> Algorithm:
     """Each node trains a model of its own, as often as in `fedavg`, and sends nothing.
 
-    Its message is the empty payload, of zero bits, so that any channel of any
-    federation can be left round it. Node k's model is row k of
-    `state.clients.algorithm`.
+    Its payload is empty: with `identity()` as the channel no bit is sent. Node k's
+    model is row k of `state.clients.algorithm`.
 
     Args:
       loss: `(params, batch, key) -> [B]`, one loss for each example.

@@ -1,0 +1,358 @@
+"""Every experiment through its command line, tiny; and what they compute with."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy
+
+import jaxfl
+from experiments import baselines, common, mcmahan2017, mnist_skews, node_curves, speed
+from jaxfl.data import from_arrays
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(folder, name, *arguments):
+    """`python -m experiments.NAME ...` in a folder of its own."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "MPLBACKEND": "agg",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    environment.pop("XLA_FLAGS", None)
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{name}", *arguments],
+        capture_output=True,
+        check=False,
+        cwd=folder,
+        encoding="utf-8",
+        env=environment | {"PYTHONIOENCODING": "utf-8"},
+        timeout=300,
+    )
+
+
+def results(folder, name, *arguments, figure=None):
+    """Runs an experiment; its summary, the rows of its history, and what it printed."""
+    done = run(folder, name, "--preset", "ci", *arguments)
+    assert done.returncode == 0, done.stderr
+    folder = folder / "results" / name
+    figure = figure or name
+    assert {file.name for file in folder.iterdir()} == {
+        *("summary.json", "history.csv", f"{figure}.png", f"{figure}.svg")
+    }
+    png = (folder / f"{figure}.png").read_bytes()
+    assert png.startswith(b"\x89PNG") and len(png) > 10_000
+    assert "<svg" in (folder / f"{figure}.svg").read_text("utf-8")
+    with open(folder / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["settings"]["preset"] == "ci"
+    return summary, rows, done.stdout
+
+
+def test_every_experiment_is_tested_here():
+    scripts = (ROOT / "experiments").glob("*.py")
+    with_main = {p.stem for p in scripts if "__main__" in p.read_text("utf-8")}
+    assert with_main == {"mnist_skews", "node_curves", "mcmahan2017", "speed"}
+
+
+# ------------------------------------------------------------- through the command line
+
+
+def test_mnist_skews(tmp_path):
+    rounds, seeds = 3, 2
+    summary, rows, printed = results(
+        *(tmp_path, "mnist_skews", "--rounds", str(rounds), "--seeds", str(seeds)),
+        *("--hidden", "32"),
+    )
+    cases = ["pooled", "uniform", "dominant_90", "dominant_100"]
+    assert list(summary) == [*cases, "settings"]
+    for case in cases:
+        assert set(summary[case]) == {
+            *("accuracy_mean", "accuracy_std", f"loss_at_round_{rounds}")
+        }
+        assert 0 <= summary[case]["accuracy_mean"] <= 1
+        assert summary[case]["accuracy_std"] >= 0
+    assert summary["settings"]["biases"] == [0.0, 0.9, 1.0]
+    # Skew costs accuracy, and federation does: the claim, already after three rounds.
+    accuracy = [summary[case]["accuracy_mean"] for case in cases]
+    assert accuracy[0] > accuracy[1] > accuracy[2] > accuracy[3]
+    assert accuracy[0] > 0.8
+
+    assert len(rows) == len(cases) * seeds * rounds
+    last = [float(r["accuracy"]) for r in rows if r["round"] == str(rounds)]
+    np.testing.assert_allclose(
+        np.reshape(last, (len(cases), seeds)).mean(1), accuracy, rtol=1e-6
+    )
+    losses = {(r["case"], r["seed"], r["round"]): r["loss"] for r in rows}
+    assert len(losses) == len(set(losses.values())) == len(rows)  # all runs differ
+    assert "90 % one class" in printed
+
+
+def test_mnist_skews_with_other_biases(tmp_path):
+    summary, rows, _ = results(
+        *(tmp_path, "mnist_skews", "--rounds", "1", "--seeds", "1"),
+        *("--hidden", "8", "--biases", "0.5"),
+    )
+    assert list(summary) == ["pooled", "dominant_50", "settings"]
+    assert len(rows) == 2
+
+
+def test_node_curves(tmp_path):
+    nodes, rounds, probes = 3, 2, 5
+    summary, rows, printed = results(
+        *(tmp_path, "node_curves", "--rounds", str(rounds), "--nodes", str(nodes)),
+        *("--probes", str(probes), "--hidden", "16", "--heldout", "100"),
+    )
+    assert set(summary) == {"loss", "accuracy", "settings"}
+    assert set(summary["loss"]) == {
+        *("federated", "pooled", "isolated_mean", "isolated_best", "nodes_mean")
+    }
+    times = {}
+    for row in rows:
+        times.setdefault(row["curve"], []).append(float(row["time"]))
+    assert set(times) == {"federated"} | {
+        f"{kind} {i}" for kind in ("node", "isolated") for i in range(nodes)
+    }
+    assert times["federated"] == [0, 1, 2]
+    np.testing.assert_allclose(times["node 1"][:6], np.arange(6) / probes)
+    assert times["node 1"][probes : probes + 2] == [1, 1]  # before and after averaging
+    np.testing.assert_allclose(times["isolated 1"], np.arange(11) / probes)
+    assert "isolated, mean" in printed
+
+
+def test_mcmahan2017(tmp_path):
+    rounds = 2
+    summary, rows, printed = results(
+        *(tmp_path, "mcmahan2017", "--max-rounds", str(rounds)),
+        *("--partitions", "iid", "shards", "--C", "0", "0.1"),
+        *("--learning-rates", "0.05", "0.1"),
+        figure="mcmahan2017_2nn",
+    )
+    assert summary["parameters"] == 199_210
+    cells = [(c["partition"], c["C"], c["E"], c["B"]) for c in summary["cells"]]
+    assert cells == [(p, c, 1, 10) for p in ("iid", "shards") for c in (0.0, 0.1)]
+    assert [c["paper"] for c in summary["cells"]] == [316, 87, 3275, 664]
+    assert all(c["rounds"] is None for c in summary["cells"])  # 93 % in two rounds
+    assert len(rows) == len(cells) * rounds
+    assert "> 2" in printed
+
+
+def test_mcmahan2017_stops_at_the_target(tmp_path):
+    summary, rows, _ = results(
+        *(tmp_path, "mcmahan2017", "--max-rounds", "60", "--target", "0.2"),
+        figure="mcmahan2017_2nn",
+    )
+    (cell,) = summary["cells"]
+    assert 1 <= cell["rounds"] <= len(rows) < 60
+    assert cell["final_accuracy"] >= 0.2
+
+
+def test_speed(tmp_path):
+    ours, by_hand = "jaxfl, mesh, one by one", "(c) vmap"
+    summary, rows, printed = results(
+        *(tmp_path, "speed", "--rounds", "2", "--rows", by_hand, ours)
+    )
+    tiny = summary["tiny"]
+    assert list(tiny["rows"]) == [by_hand, ours]
+    for row in tiny["rows"].values():
+        assert 0 < row["fastest"] <= row["seconds"] and row["rounds"] == 2
+        assert row["compile_seconds"] > 0 and row["flops_per_second"] > 0
+        assert row["peak_bytes"] > 2**20
+    assert tiny["best_plan"] == ours
+    assert tiny["speedup"] == pytest.approx(
+        tiny["rows"][by_hand]["seconds"] / tiny["rows"][ours]["seconds"]
+    )
+    assert summary["matmul_flops_per_second"] > 0
+    assert len(rows) == 2 * 2
+    assert "GFLOP/s" in printed
+
+
+def test_digits_from_files(tmp_path):
+    if not os.environ.get("JAXFL_DATA_DIR"):
+        pytest.skip("JAXFL_DATA_DIR is not set: it has MNIST's original files")
+    summary, rows, printed = results(
+        *(tmp_path, "mcmahan2017", "--data", "files", "--max-rounds", "1"),
+        *("--learning-rates", "0.05", "--target", "0.97", "--B", "100"),
+        figure="mcmahan2017_2nn",
+    )
+    assert summary["settings"]["data"] == "files"
+    assert len(rows) == 1 and "MNIST (files)" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--preset", "nope"), "invalid choice: 'nope'"),
+        (("--rounds", "many"), "--rounds"),
+        (("--data", "elsewhere"), "elsewhere"),
+        (("--typo", "1"), "--typo"),
+    ],
+)
+def test_wrong_settings(arguments, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["experiments/mnist_skews.py", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        common.settings(mnist_skews.PRESETS, mnist_skews.__doc__)
+    assert exit.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_wrong_preset_ends_the_program(tmp_path):
+    done = run(tmp_path, "node_curves", "--preset", "nope")
+    assert done.returncode == 2
+    assert "python -m experiments.node_curves" in done.stderr
+    assert "'ci', 'full'" in done.stderr and "Traceback" not in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_unknown_rows_of_speed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--rows", "(c) vmaps"])
+    with pytest.raises(SystemExit, match=r"unknown: \['\(c\) vmaps'\]; there are"):
+        speed.main()
+
+
+@pytest.mark.parametrize("script", [mnist_skews, node_curves, mcmahan2017, speed])
+@pytest.mark.parametrize("preset", ["ci", "full"])
+def test_presets(script, preset, monkeypatch):
+    assert script.PRESETS[preset].preset == preset
+    monkeypatch.setattr(sys, "argv", ["a.py", "--preset", preset])
+    assert common.settings(script.PRESETS, script.__doc__) == script.PRESETS[preset]
+
+
+@pytest.mark.parametrize("script", [mnist_skews, node_curves, mcmahan2017, speed])
+def test_help(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--help"])
+    with pytest.raises(SystemExit) as exit:
+        common.settings(script.PRESETS, script.__doc__)
+    assert exit.value.code == 0
+    assert script.__doc__.splitlines()[0] in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ pure helpers
+
+
+@pytest.mark.parametrize(
+    ("target", "accuracy", "rounds"),
+    [
+        (0.5, [0.2, 0.4, 0.3, 0.6], 3.5),  # the dip is flat, and interpolated over
+        (0.5, [0.2, 0.5, 0.4, 0.9], 2.0),  # reached exactly, and never lost again
+        (0.5, [0.6, 0.1], 1.0),  # at once
+        (0.5, [0.2, 0.49, 0.3], None),  # never
+        (0.5, [0.5], 1.0),
+        (0.3, [0.2, 0.4, 0.3, 0.6], 1.5),
+    ],
+)
+def test_rounds_to(target, accuracy, rounds):
+    assert mcmahan2017.rounds_to(target, np.array(accuracy)) == (
+        None if rounds is None else pytest.approx(rounds)
+    )
+
+
+def test_published_tables():
+    two_nn = mcmahan2017.PUBLISHED["2nn", 1, 10]
+    assert two_nn[0.1] == (87, 664) and two_nn[1.0] == (70, 380)
+    assert mcmahan2017.PUBLISHED["cnn", 5, 10][0.1] == (18, 206)
+    shares = {0.0, 0.1, 0.2, 0.5, 1.0}
+    for (model, epochs, batch), row in mcmahan2017.PUBLISHED.items():
+        assert model in ("2nn", "cnn") and epochs in (1, 5, 20)
+        assert batch in (0, 10, 50) and set(row) <= shares
+        assert all(len(pair) == 2 for pair in row.values())
+    assert set(mnist_skews.PUBLISHED) == {
+        "pooled",
+        *map(mnist_skews.case_name, mnist_skews.PRESETS["full"].biases),
+    }
+
+
+def test_names_of_cases():
+    names = [mnist_skews.case_name(bias) for bias in (0.0, 0.9, 0.995, 1.0)]
+    assert names == ["uniform", "dominant_90", "dominant_99.5", "dominant_100"]
+    assert mnist_skews.label("dominant_90") == "90 % one class"
+    assert mnist_skews.label("uniform") == "uniform"
+    assert mnist_skews.label("pooled") == "not federated"
+
+
+def test_curves_of_nodes(key):
+    rounds, probes = 3, 4
+    data = toy.data((3, 1, 4))
+    apply = lambda params, x, key: x @ params["w"] + params["b"]  # noqa: E731
+    model = jaxfl.models.from_function(
+        lambda key: toy.params(),
+        apply,
+        loss=lambda out, y: (out - y) ** 2,
+        metrics=lambda out, y: {"error": jnp.abs(out - y)},
+    )
+    comparison = jaxfl.compare(
+        *(model, optax.sgd(0.01), data, data.examples),
+        rounds=rounds,
+        key=key,
+        probes=probes,
+        batch_size=1,
+        progress=False,
+    )
+    c = node_curves.curves(comparison)
+    assert c["federated"].shape == c["rounds"].shape == (rounds + 1,)
+    assert c["nodes"].shape == (3, rounds * (probes + 1))
+    assert c["node_times"].shape == (rounds * (probes + 1),)
+    assert c["isolated"].shape == (3, rounds * probes + 1)
+    assert c["isolated_times"].shape == (rounds * probes + 1,)
+    # All start from one model, and every round of a node from the federation's.
+    start = comparison.initial["loss"]
+    assert c["federated"][0] == start and (c["isolated"][:, 0] == start).all()
+    given = c["nodes"].reshape(3, rounds, probes + 1)[:, :, 0]
+    np.testing.assert_array_equal(given, np.tile(c["federated"][:-1], (3, 1)))
+    # The first round of an isolated node is that of a federated one.
+    np.testing.assert_allclose(
+        c["isolated"][:, : probes + 1], c["nodes"][:, : probes + 1], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", ["logistic", "2nn"])
+def test_baselines_compute_what_jaxfl_does(kind, key):
+    """All of a client's examples in one batch, so that no order matters."""
+    clients, examples = 3, 4
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (clients, examples, 28, 28, 1), np.uint8)
+    y = rng.integers(0, 10, (clients, examples)).astype(np.int32)
+    network = baselines.Network(kind)
+    params = network.init(key, x[0])
+    optimizer = optax.sgd(0.1)
+
+    ids = np.repeat(np.arange(clients), examples)
+    data = from_arrays(x.reshape(-1, 28, 28, 1), y.reshape(-1), ids)
+    per_example = baselines.loss_of(network)
+    algorithm = jaxfl.fedavg(
+        lambda params, batch, key: jax.vmap(
+            lambda x, y: per_example(params, x[None], y[None])
+        )(batch["x"], batch["y"]),
+        optimizer,
+        batch_size=examples,
+    )
+    federation = jaxfl.federate(algorithm, jaxfl.mean())
+    state, _ = jaxfl.simulate(
+        federation, params, data, rounds=1, key=key, progress=False
+    )
+    for name, make in speed.BASELINES.items():
+        if "centralised" not in name:
+            new = make(network, optimizer, examples)(params, x, y, key)
+            for a, b in zip(*map(jax.tree.leaves, (new, state.params)), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_pooling_of_the_tuned_baseline(key):
+    x = jax.random.normal(key, (2, 28, 28, 1))
+    networks = [baselines.Network("cnn", reshape_pool=r) for r in (False, True)]
+    params = networks[0].init(key, x)
+    plain, tuned = (np.asarray(network.apply(params, x)) for network in networks)
+    np.testing.assert_allclose(plain, tuned, rtol=1e-5, atol=1e-6)

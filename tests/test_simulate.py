@@ -1,0 +1,398 @@
+"""Whole runs: sampling, histories, checkpoints, interruptions."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.stats
+import toy
+
+import jaxfl
+from jaxfl.simulate import _segment, sample_cohort, scan_rounds
+
+FEDERATION = jaxfl.federate(
+    jaxfl.fedavg(toy.loss, optax.sgd(0.1, 0.5), optax.adam(0.05), batch_size=2),
+    jaxfl.chain(jaxfl.at_client(optax.add_noise(0.1, 0.0, key=0)), jaxfl.mean()),
+)
+
+
+def evaluate(state):
+    return {"b": state.params["b"], "w": state.params["w"]}
+
+
+def run(rounds=6, federation=FEDERATION, seed=0, **options):
+    """A run whose clients hold random keys, and whose server holds Adam's moments."""
+    options = {"cohort_size": 3, "evaluate": evaluate, "progress": False} | options
+    return jaxfl.simulate(
+        federation,
+        toy.params(),
+        toy.data(),
+        rounds=rounds,
+        key=jax.random.key(seed),
+        **options,
+    )
+
+
+def assert_same(got, want):
+    def leaf(a, b):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b)
+
+    jax.tree.map(leaf, got, want)
+
+
+def assert_same_run(got, want):
+    assert_same(got[0], want[0])
+    assert_same(got[1].clients, want[1].clients)
+    assert_same(got[1].evaluations, want[1].evaluations)
+    np.testing.assert_array_equal(got[1].round, want[1].round)
+
+
+# --- histories ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "every, at", [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (5, [5]), (9, [5])]
+)
+def test_evaluations_are_made_every_so_many_rounds(every, at):
+    state, history = run(5, every=every)
+    assert history.round.tolist() == at
+    assert history["b"].shape == (len(at),) and history["w"].shape == (len(at), 3)
+    assert history.clients.client.shape == (5, 3)
+    assert history.clients.metrics["loss"].shape == (5, 3)
+    assert history["b"][-1] == state.params["b"] and state.round == 5
+    fine = run(5)[1]
+    np.testing.assert_array_equal(history["b"], fine["b"][np.array(at) - 1])
+
+
+@pytest.mark.parametrize("every", [2, 3, 7])
+def test_segments_do_not_matter_to_the_bit(every):
+    (got, got_history), (want, want_history) = run(7, every=every), run(7)
+    assert_same(got, want)
+    assert_same(got_history.clients, want_history.clients)
+
+
+def test_scan_rounds_is_simulate():
+    start = FEDERATION.init(toy.params(), toy.data())
+    state, (info, evaluations) = jax.jit(
+        lambda state: scan_rounds(
+            FEDERATION,
+            state,
+            toy.data(),
+            rounds=6,
+            key=jax.random.key(0),
+            cohort_size=3,
+            evaluate=evaluate,
+            every=2,
+        )
+    )(start)
+    want, history = run(6, every=2)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        (state.params, evaluations, info.metrics),
+        (want.params, history.evaluations, history.clients.metrics),
+    )
+    assert_same(info.client, history.clients.client)
+
+
+def test_the_seed_makes_the_run():
+    assert_same_run(run(3, seed=1), run(3, seed=1))
+    a, b = run(3, seed=1), run(3, seed=2)
+    assert a[0].params["b"] != b[0].params["b"]
+    assert (a[1].clients.client != b[1].clients.client).any()
+
+
+def compiled():
+    return _segment._cache_size()  # type: ignore[attr-defined]
+
+
+def test_the_second_run_compiles_nothing():
+    run(4, every=2)
+    before = compiled()
+    run(4, every=2)
+    run(8, every=2, seed=5)
+    assert compiled() == before > 0
+    run(4, every=4)
+    assert compiled() == before + 1
+
+
+def test_the_users_arrays_stay():
+    params, data = toy.params(), toy.data()
+    for _ in range(2):
+        jaxfl.simulate(
+            FEDERATION, params, data, rounds=2, key=jax.random.key(0), progress=False
+        )
+    assert_same(params, toy.params())
+    assert_same(data.examples, toy.data().examples)
+
+
+def test_until():
+    _, history = run(6)
+    enough = history["b"][2]
+    state, stopped = run(6, until=lambda metrics: metrics["b"] == enough)
+    assert state.round == 3 and stopped.round.tolist() == [1, 2, 3]
+    assert_same(stopped["b"], history["b"][:3])
+
+
+@pytest.mark.parametrize("options", [{}, {"evaluate": None}, {"every": 4}], ids=str)
+def test_the_progress_bar_changes_nothing(options, capsys):
+    shown = run(6, progress=True, **options)
+    assert "6/6" in capsys.readouterr().out
+    assert_same_run(shown, run(6, **options))
+
+
+# --- cohorts -----------------------------------------------------------------
+
+
+def chi_square(draw, n=5, draws=4000):
+    """The p-value of `[draws, 2]` cohorts against ordered pairs, all as likely."""
+    pairs = np.asarray(
+        jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(1), draws))
+    )
+    counts = np.zeros((n, n))
+    np.add.at(counts, (pairs[:, 0], pairs[:, 1]), 1)
+    assert not np.diag(counts).any(), "a client was drawn twice"
+    return scipy.stats.chisquare(counts[~np.eye(n, dtype=bool)]).pvalue
+
+
+def test_cohorts_are_uniform_without_replacement():
+    ones = jnp.ones(5)
+    assert chi_square(lambda key: sample_cohort(key, ones, 2).client) > 0.01
+
+
+def test_the_uniformity_test_sees_a_bias():
+    def biased(key):
+        p = jnp.array([0.23, 0.21, 0.19, 0.19, 0.18])
+        return jax.random.choice(key, 5, (2,), replace=False, p=p)
+
+    assert chi_square(biased) < 1e-4
+    with pytest.raises(AssertionError, match="twice"):
+        chi_square(lambda key: jax.random.choice(key, 5, (2,)))
+
+
+def test_a_cohort_is_of_its_clients():
+    data = toy.data()
+    cohort = sample_cohort(jax.random.key(3), data, 4)
+    sizes = np.array(toy.SIZES)[cohort.client]
+    assert cohort.weight.tolist() == cohort.data.size.tolist() == sizes.tolist()
+    assert cohort.alive.all() and len(set(cohort.client.tolist())) == 4
+    everyone = sample_cohort(jax.random.key(3), data)
+    assert everyone.client.tolist() == list(range(toy.N))
+
+
+def test_cohorts_differ_between_rounds():
+    clients = run(6)[1].clients.client
+    assert len({tuple(sorted(c)) for c in clients.tolist()}) > 1
+    assert all(len(set(c)) == 3 for c in clients.tolist())
+
+
+# --- errors ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, word, options",
+    [
+        (ValueError, "rounds", {"rounds": 0}),
+        (ValueError, "rounds", {"rounds": 2.0}),
+        (ValueError, "every", {"every": 0}),
+        (ValueError, "cohort_size", {"cohort_size": 0}),
+        (ValueError, "cohort_size", {"cohort_size": 8}),
+        (ValueError, "weight", {"weight": np.ones(3)}),
+        (ValueError, "checkpoint_every", {"every": 2, "checkpoint_every": 3}),
+        (ValueError, "checkpoint_every", {"checkpoint_every": 0}),
+        (TypeError, "key", {"key": 0}),
+        (TypeError, "key", {"key": jax.random.split(jax.random.key(0))}),
+    ],
+)
+def test_arguments(error, word, options):
+    options = {"rounds": 2, "key": jax.random.key(0), "progress": False} | options
+    with pytest.raises(error, match=word):
+        jaxfl.simulate(FEDERATION, toy.params(), toy.data(), **options)
+
+
+@pytest.mark.parametrize("rounds, every", [(5, 2), (0, 1), (2, 0)])
+def test_scan_rounds_arguments(rounds, every):
+    data = toy.data()
+    state = FEDERATION.init(toy.params(), data)
+    with pytest.raises(ValueError, match="every must divide rounds"):
+        scan_rounds(
+            FEDERATION, state, data, rounds=rounds, every=every, key=jax.random.key(0)
+        )
+
+
+# --- checkpoints -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every, first", [(1, 4), (2, 4), (2, 3)])
+def test_a_run_goes_on_to_the_bit(tmp_path, every, first):
+    """Also where it first ended in the middle of a segment, but for the history."""
+    run(first, every=every, checkpoint=tmp_path, checkpoint_every=every)
+    got = run(8, every=every, checkpoint=tmp_path, checkpoint_every=2 * every)
+    want = run(8, every=every)
+    assert_same(got[0], want[0])
+    assert_same(got[1].clients, want[1].clients)
+    assert len(got[1].round) == len(got[1]["b"])
+    for r, b in zip(got[1].round, got[1]["b"], strict=True):
+        assert r % every or b == want[1]["b"][r // every - 1]
+    if first % every == 0:
+        assert_same_run(got, want)
+    assert_same_run(run(8, every=every, checkpoint=tmp_path), got)  # nothing to do
+
+
+class Killed(Exception):
+    pass
+
+
+def stop_after(round, how):
+    """An `until` that ends the process, or the call, at a round."""
+    seen = []
+
+    def until(metrics):
+        seen.append(metrics)
+        if len(seen) == round:
+            how()
+        return False
+
+    return until
+
+
+def die():
+    raise Killed
+
+
+@pytest.mark.parametrize("spacing", [2, 4])
+def test_a_run_that_died_between_checkpoints(tmp_path, spacing):
+    """After round 5, saved at 2 and 4; then with other distances between them."""
+    with pytest.raises(Killed):
+        run(8, checkpoint=tmp_path, checkpoint_every=2, until=stop_after(5, die))
+    wait_for_checkpoint(tmp_path, 4)
+    with pytest.raises(Killed):
+        until = stop_after(3, die)
+        run(8, checkpoint=tmp_path, checkpoint_every=spacing, until=until)
+    assert_same_run(run(8, checkpoint=tmp_path), run(8))
+
+
+def test_history_of_a_state_that_was_never_saved_is_not_used(tmp_path):
+    """The process died after a piece of history, before the state that follows."""
+    run(4, checkpoint=tmp_path, checkpoint_every=2)
+    folder = tmp_path / "history"
+    orphan = (folder / f"{4:09d}.npz").read_bytes()
+    (folder / f"{6:09d}.npz").write_bytes(orphan)
+    run(8, checkpoint=tmp_path, checkpoint_every=4)
+    assert_same_run(run(8, checkpoint=tmp_path), run(8))
+
+
+@pytest.mark.parametrize(
+    "word, options",
+    [
+        ("key", {"seed": 1}),
+        ("cohort_size", {"cohort_size": 2}),
+        ("weight", {"weight": np.arange(toy.N)}),
+        ("every", {"every": 2}),
+    ],
+    ids=["key", "cohort_size", "weight", "every"],
+)
+def test_another_run_is_not_gone_on_with(tmp_path, word, options):
+    run(2, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=f"checkpoint: .*{word}"):
+        run(4, checkpoint=tmp_path, **options)
+
+
+def test_other_params_or_fewer_rounds_are_not_gone_on_with(tmp_path):
+    run(2, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="rounds: .* holds 2, more than 1"):
+        run(1, checkpoint=tmp_path)
+    other = jax.tree.map(lambda x: x + 1, toy.params())
+    with pytest.raises(ValueError, match="checkpoint: .*params"):
+        jaxfl.simulate(
+            FEDERATION,
+            other,
+            toy.data(),
+            rounds=4,
+            key=jax.random.key(0),
+            cohort_size=3,
+            checkpoint=tmp_path,
+        )
+
+
+def test_another_federation_is_not_gone_on_with(tmp_path):
+    run(2, checkpoint=tmp_path)
+    other = jaxfl.federate(jaxfl.fedavg(toy.loss, optax.sgd(0.1)), jaxfl.mean())
+    with pytest.raises(ValueError, match="checkpoint: .*another federation"):
+        run(4, federation=other, checkpoint=tmp_path)
+
+
+# --- interruptions -----------------------------------------------------------
+
+
+def checkpoints(folder):
+    names = [p.name for p in (Path(folder) / "state").glob("*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def wait_for_checkpoint(folder, step, process=None):
+    end = time.monotonic() + 240
+    while not [s for s in checkpoints(folder) if s >= step]:
+        assert process is None or process.poll() is None, "it ended of itself"
+        assert time.monotonic() < end, "no checkpoint appeared"
+        time.sleep(0.02)
+
+
+ROUNDS = 400
+
+
+def slow_run(folder):
+    """For the subprocess below: it would take a minute more than until its death."""
+    pause = lambda metrics: time.sleep(0.15)  # noqa: E731
+    run(ROUNDS, every=4, checkpoint=folder, checkpoint_every=4, until=pause)
+
+
+def test_kill_9_and_resume(tmp_path):
+    here = Path(__file__).parent
+    code = f"import conftest, test_simulate as t; t.slow_run({str(tmp_path)!r})"
+    paths = os.pathsep.join([str(here), str(here.parent)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}
+    )
+    try:
+        wait_for_checkpoint(tmp_path, 8, process)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert 8 <= checkpoints(tmp_path)[-1] < ROUNDS
+    resumed = run(ROUNDS, every=4, checkpoint=tmp_path, checkpoint_every=200)
+    assert_same_run(resumed, run(ROUNDS, every=4))
+
+
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_keeps_what_was_done(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.warns(UserWarning, match="interrupted after 3 of 8 rounds"):
+        state, history = run(8, checkpoint=tmp_path, until=stop_after(3, ctrl_c))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert_same_run((state, history), run(3))
+    assert_same_run(run(8, checkpoint=tmp_path), run(8))
+
+
+def test_ctrl_c_twice_interrupts_at_once():
+    def twice():
+        ctrl_c()
+        ctrl_c()
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(8, until=stop_after(3, twice))
+    assert signal.getsignal(signal.SIGINT) is before
