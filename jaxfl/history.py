@@ -29,7 +29,7 @@ class History:
 
     clients: Info
     evaluations: dict[str, Any]
-    round: np.ndarray
+    round: Any
 
     def __getitem__(self, metric: str) -> np.ndarray:
         if metric not in self.evaluations:
