@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,6 +85,15 @@ def save_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 def _plain(x):
     return x.tolist() if isinstance(x, np.ndarray | np.generic | jax.Array) else str(x)
+
+
+def save_history(
+    folder: Path, columns: Sequence[str], rows: Iterable[Sequence]
+) -> None:
+    """Writes `history.csv`, one row after another."""
+    values = map(np.array, zip(*rows, strict=True))
+    table = dict(zip(columns, values, strict=True))
+    jaxfl.history.write_csv(folder / "history.csv", table)
 
 
 def save_figure(folder: Path, figure: Any, name: str) -> None:

@@ -214,14 +214,13 @@ def main() -> None:
             "settings": dataclasses.asdict(config),
         },
     )
-    columns = {k: [] for k in ("partition", "C", "E", "B", "round", "accuracy")}
-    for cell, accuracy in curves.items():
-        for r, value in enumerate(accuracy, 1):
-            for name, v in zip(columns, (*cell, r, value), strict=True):
-                columns[name].append(v)
-    jaxfl.history.write_csv(
-        folder / "history.csv", {k: np.array(v) for k, v in columns.items()}
+    columns = ("partition", "C", "E", "B", "round", "accuracy")
+    points = (
+        (*cell, r, value)
+        for cell, accuracy in curves.items()
+        for r, value in enumerate(accuracy, 1)
     )
+    common.save_history(folder, columns, points)
     common.save_figure(folder, draw(config, curves), f"mcmahan2017_{config.model}")
     compare = target in (0.97, 0.99) and config.data != "embedded"
     common.print_table(

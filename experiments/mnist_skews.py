@@ -174,15 +174,13 @@ def main() -> None:
     folder = common.results_folder("mnist_skews")
     summary = summarise(config, curves)
     common.save_summary(folder, summary)
-    columns: dict[str, list] = {"case": [], "seed": [], "round": []}
-    for name, c in curves.items():
-        for (s, r), _ in np.ndenumerate(c["loss"]):
-            row = {"case": name, "seed": config.seed + s, "round": r + 1}
-            for metric, value in (row | {k: v[s, r] for k, v in c.items()}).items():
-                columns.setdefault(metric, []).append(value)
-    jaxfl.history.write_csv(
-        folder / "history.csv", {k: np.array(v) for k, v in columns.items()}
+    rows = (
+        (name, config.seed + s, r + 1, c["accuracy"][s, r], c["loss"][s, r])
+        for name, c in curves.items()
+        for s, r in np.ndindex(c["loss"].shape)
     )
+    columns = ("case", "seed", "round", "accuracy", "loss")
+    common.save_history(folder, columns, rows)
     common.save_figure(folder, draw(config, curves), "mnist_skews")
 
     at = min(10, config.rounds)

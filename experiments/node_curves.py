@@ -176,21 +176,20 @@ def main() -> None:
         folder,
         {"loss": final, "accuracy": accuracy, "settings": dataclasses.asdict(config)},
     )
-    table = {"time": [], "curve": [], "loss": []}
-    for name, times, values in (
+    named = (
         ("federated", c["rounds"], c["federated"]),
         *((f"node {i}", c["node_times"], v) for i, v in enumerate(c["nodes"])),
         *(
             (f"isolated {i}", c["isolated_times"], v)
             for i, v in enumerate(c["isolated"])
         ),
-    ):
-        table["time"].extend(times)
-        table["curve"].extend([name] * len(times))
-        table["loss"].extend(values)
-    jaxfl.history.write_csv(
-        folder / "history.csv", {k: np.array(v) for k, v in table.items()}
     )
+    points = (
+        (time, name, loss)
+        for name, times, losses in named
+        for time, loss in zip(times, losses, strict=True)
+    )
+    common.save_history(folder, ("time", "curve", "loss"), points)
     common.save_figure(folder, draw(config, c), "node_curves")
     common.print_table(
         f"Loss on held-out digits after {config.rounds} rounds, bias {config.bias:g}",

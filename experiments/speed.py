@@ -8,6 +8,7 @@ E = 1 and B = 10:
 - W3: logistic regression, 1,000 clients x 60, cohort 100
 - W4: 2NN, 100 clients x 600, cohort 100
 - scale: logistic regression, 10,000 clients x 60, cohort 1,000, in chunks
+- W1 all, W3 all: as W1 and W3, the whole population at once, for accelerators
 - tiny: logistic regression, 20 clients x 20, cohort 10
 
 Each with jaxfl under several execution plans, and by hand (`experiments.baselines`):
@@ -51,6 +52,8 @@ WORKLOADS = {
     "W2": Workload("2nn", 100, 600, 10),
     "W3": Workload("logistic", 1000, 60, 100),
     "W4": Workload("2nn", 100, 600, 100),
+    "W1 all": Workload("cnn", 100, 600, 100),
+    "W3 all": Workload("logistic", 1000, 60, 1000),
     "scale": Workload("logistic", 10_000, 60, 1000),
     "tiny": Workload("logistic", 20, 20, 10),
 }
@@ -311,15 +314,13 @@ def main() -> None:
     )
     folder = common.results_folder("speed")
     figure = draw(summary)
-    table = {"workload": [], "row": [], "round": [], "seconds": []}
-    for name, workload in summary.items():
-        for row, results in workload["rows"].items():
-            for i, seconds in enumerate(results.pop("each"), 1):
-                for column, value in zip(table, (name, row, i, seconds), strict=True):
-                    table[column].append(value)
-    jaxfl.history.write_csv(
-        folder / "history.csv", {k: np.array(v) for k, v in table.items()}
-    )
+    points = [
+        (name, row, i, seconds)
+        for name, workload in summary.items()
+        for row, results in workload["rows"].items()
+        for i, seconds in enumerate(results.pop("each"), 1)
+    ]
+    common.save_history(folder, ("workload", "row", "round", "seconds"), points)
     summary |= {"matmul_flops_per_second": peak, "settings": dataclasses.asdict(config)}
     common.save_summary(folder, summary)
     common.save_figure(folder, figure, "speed")

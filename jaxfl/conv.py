@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 
 def matmul_conv(
@@ -115,7 +117,9 @@ def matmul_conv(
     edges = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
     padded = lax.pad(lhs, jnp.zeros((), lhs.dtype), edges)
 
-    patches = _patches(padded, kernel=kernel, strides=window_strides, dilation=dilation)
+    patches = _patches_p.bind(
+        padded, kernel=kernel, strides=tuple(window_strides), dilation=dilation
+    )
     y = lax.dot_general(
         patches,
         rhs.reshape(-1, rhs.shape[-1]),
@@ -167,11 +171,14 @@ def max_pool(x: jax.Array, window: Sequence[int] = (2, 2)) -> jax.Array:
     return x
 
 
-def _patches(x, *, kernel, strides, dilation):
-    """`[B, *S, C]` to `[B, *S', prod(kernel) * C]`, one spatial dimension at a time.
+# Gathering patches is linear, so JAX could transpose it by itself, but would add padded
+# copies up where slice-adds in place do: 18 % of a local step of the CNN on two CPU
+# cores. A custom_vjp could say so too but would forbid forward mode, and `linear_call`
+# has no batching rule; hence two primitives, each the transpose of the other.
 
-    So its transpose adds sum(kernel) arrays up, not prod(kernel) of them.
-    """
+
+def _gather(x, *, kernel, strides, dilation):
+    """`[B, *S, C]` to `[B, *S', prod(kernel) * C]`, by slices."""
     for axis in reversed(range(1, x.ndim - 1)):
         k, stride, d = kernel[axis - 1], strides[axis - 1], dilation[axis - 1]
         stop = x.shape[axis] - (k - 1) * d
@@ -180,3 +187,56 @@ def _patches(x, *, kernel, strides, dilation):
             x.ndim - 1,
         )
     return x
+
+
+def _scatter(y, *, shape, kernel, strides, dilation):
+    """`[B, *S', prod(kernel) * C]` to `[B, *S, C]`, by slice-adds."""
+    for axis in range(1, y.ndim - 1):
+        k, stride, d = kernel[axis - 1], strides[axis - 1], dilation[axis - 1]
+        # A stride leaves holes between the entries: fill them, so that every slice is
+        # contiguous and the additions happen in place.
+        holes = [(0, 0, 0)] * y.ndim
+        holes[axis] = (0, 0, stride - 1)
+        parts = jnp.split(lax.pad(y, jnp.zeros((), y.dtype), holes), k, -1)
+        size = (*y.shape[:axis], shape[axis - 1], *parts[0].shape[axis + 1 :])
+        total = jnp.zeros(size, y.dtype)
+        for i, part in enumerate(parts):
+            window = [slice(None)] * axis
+            window.append(slice(i * d, i * d + part.shape[axis]))
+            total = total.at[tuple(window)].add(part)
+        y = total
+    return y
+
+
+def _primitive(name, fn):
+    primitive = Primitive(name)
+    primitive.def_impl(fn)
+    mlir.register_lowering(primitive, mlir.lower_fun(fn, multiple_results=False))
+
+    def abstract(x, **params):
+        out = jax.eval_shape(
+            functools.partial(fn, **params), jax.ShapeDtypeStruct(x.shape, x.dtype)
+        )
+        return x.update(shape=out.shape)
+
+    def batch(args, axes, **params):
+        # Patches do not mix examples: a mapped axis is more examples.
+        x = jnp.moveaxis(args[0], axes[0], 0)
+        y = primitive.bind(x.reshape(-1, *x.shape[2:]), **params)
+        return y.reshape(*x.shape[:2], *y.shape[1:]), 0
+
+    primitive.def_abstract_eval(abstract)
+    batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+_patches_p = _primitive("jaxfl_patches", _gather)
+_unpatches_p = _primitive("jaxfl_unpatches", _scatter)
+ad.deflinear2(
+    _patches_p,
+    lambda ct, x, **params: [_unpatches_p.bind(ct, shape=x.aval.shape[1:-1], **params)],
+)
+ad.deflinear2(
+    _unpatches_p,
+    lambda ct, _, *, shape, **params: [_patches_p.bind(ct, **params)],
+)
