@@ -113,6 +113,15 @@ def mean(denominator: float | None = None) -> Channel:
     Raises:
       ValueError: if denominator is not positive.
 
+    >>> from jaxfl.core import Message
+    >>> update = Message(jnp.array([2.0, 4.0]), jnp.float32(3.0), jnp.float32(64.0))
+    >>> message, _, report = mean().encode(None, update, (), ())
+    >>> message.payload.tolist(), message.bits.item(), report["weight"].item()
+    ([6.0, 12.0], 96.0, 3.0)
+    >>> payload, _ = mean().decode(None, message.payload, (), report)
+    >>> payload.tolist()  # of one client: its own update again
+    [2.0, 4.0]
+
     Reference: McMahan et al. 2017, arXiv:1602.05629, algorithm 1; with a denominator,
     McMahan et al. 2018, arXiv:1710.06963, estimator f_f.
     """
@@ -176,6 +185,12 @@ def tap(name: str = "tap") -> Channel:
 
     Args:
       name: the key of the report.
+
+    >>> from jaxfl.core import Message
+    >>> update = Message(jnp.array([2.0]), jnp.float32(1.0), jnp.float32(32.0))
+    >>> _, _, report = tap("wire").encode(None, update, (), ())
+    >>> report["wire"].tolist()
+    [2.0]
     """
 
     def encode(ctx, message, server_state, client_state):
@@ -197,6 +212,14 @@ def on(part: str, channel: Channel) -> Channel:
     Raises:
       TypeError: when the payload is not a dictionary.
       ValueError: when it has no such entry.
+
+    >>> from jaxfl import clip
+    >>> from jaxfl.core import Message
+    >>> payload = {"model": jnp.array([3.0, 4.0]), "control": jnp.array([9.0])}
+    >>> update = Message(payload, jnp.float32(1.0), jnp.float32(96.0))
+    >>> message, _, _ = on("model", clip(0.5)).encode(None, update, (), ())
+    >>> jax.tree.map(lambda x: x.round(3).tolist(), message.payload)
+    {'control': [9.0], 'model': [0.3, 0.4]}
     """
 
     def init(payload):
@@ -257,6 +280,14 @@ def at_server(transform: optax.GradientTransformation) -> Channel:
 
     Args:
       transform: for instance `optax.ema(0.9)`.
+
+    >>> momentum = at_server(optax.trace(0.5))
+    >>> total = jnp.array([1.0])
+    >>> state, _ = momentum.init(total)
+    >>> for _ in range(3):
+    ...     payload, state = momentum.decode(None, total, state, ())
+    >>> payload.tolist()  # 1 + 1/2 + 1/4
+    [1.75]
     """
 
     def init(payload):

@@ -91,6 +91,17 @@ def on_server(
 
     Returns:
       `state -> {name: float32 []}`.
+
+    >>> from jaxfl import fedavg, federate, from_arrays
+    >>> def loss(w, batch, key):
+    ...     return (batch["y"] - w) ** 2
+    >>> data = from_arrays(jnp.ones(2), jnp.ones(2), client_ids=[0, 1])
+    >>> federation = federate(fedavg(loss, optax.sgd(1.0)), mean())
+    >>> state = federation.init(jnp.float32(0), data)
+    >>> heldout = {"y": jnp.array([1.0, 3.0])}
+    >>> evaluate = on_server(lambda w, batch: {"loss": loss(w, batch, None)}, heldout)
+    >>> evaluate(state)["loss"].item()
+    5.0
     """
 
     def evaluate(examples, state):

@@ -111,6 +111,15 @@ def train(
     Raises:
       TypeError: if data is not one client's `ClientData`.
       ValueError: if both epochs and steps are given, or a number is not positive.
+
+    >>> from jaxfl import from_arrays
+    >>> data = from_arrays(jnp.zeros(5), jnp.arange(5.0), client_ids=[0, 0, 0, 1, 1])
+    >>> slope = gradient(lambda w, batch, key: 0.5 * (w - batch["y"]) ** 2)
+    >>> trained = train(
+    ...     jax.random.key(0), slope, optax.sgd(0.5), jnp.float32(0), data[1],
+    ...     batch_size=None, epochs=2)
+    >>> trained.params.item(), trained.metrics["steps"].item()  # y is 3 and 4
+    (2.625, 2)
     """
     check_work(**work)
     if not isinstance(data, ClientData) or jnp.ndim(data.start) != 0:

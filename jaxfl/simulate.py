@@ -43,6 +43,13 @@ def sample_cohort(
 
     Raises:
       ValueError: if size is not between 1 and N, or weight does not have length N.
+
+    >>> from jaxfl import from_arrays
+    >>> data = from_arrays(jnp.zeros(9), jnp.zeros(9), [0, 0, 1, 2, 2, 2, 3, 3, 3])
+    >>> cohort = sample_cohort(jax.random.key(0), data, size=2)
+    >>> sizes = jnp.array([2, 1, 3, 3])
+    >>> bool((cohort.weight == sizes[cohort.client]).all())
+    True
     """
     n = population_size(data)
     if size is not None and not 1 <= size <= n:
@@ -213,8 +220,26 @@ def simulate(
     Raises:
       TypeError: if key is not a random key, or a part of the round is at fault.
       ValueError: if a number is out of range, or checkpoint holds another run.
+
+    >>> import optax
+    >>> from jaxfl import fedavg, federate, from_arrays, mean
+    >>> def loss(w, batch, key):
+    ...     return 0.5 * (w - batch["y"]) ** 2
+    >>> y = jnp.arange(4.0)
+    >>> state, history = simulate(
+    ...     federate(fedavg(loss, optax.sgd(0.5)), mean()),
+    ...     jnp.float32(0.0),
+    ...     from_arrays(y, y, client_ids=[0, 1, 2, 3]),
+    ...     rounds=4, every=2, key=jax.random.key(0), progress=False,
+    ...     evaluate=lambda state: {"distance": abs(state.params - 1.5)})
+    >>> history.round.tolist(), history["distance"].tolist()
+    ([2, 4], [0.375, 0.09375])
+    >>> history.clients.metrics["loss"].shape  # every round, every client
+    (4, 4)
     """
     n = population_size(data)
+    if until is not None and evaluate is None:
+        raise ValueError("until needs evaluate: it judges what evaluate returned.")
     _check_arguments(n, rounds, key, cohort_size, weight, every, checkpoint_every)
     if evaluate is not None and not isinstance(evaluate, jax.tree_util.Partial):
         evaluate = jax.tree_util.Partial(evaluate)

@@ -34,6 +34,19 @@ def isolated(
 
     Raises:
       ValueError: if both epochs and steps are given, or a number is not positive.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxfl import federate, from_arrays, identity, simulate
+    >>> def loss(w, batch, key):
+    ...     return 0.5 * (w - batch["y"]) ** 2
+    >>> y = jnp.array([1.0, 3.0])
+    >>> federation = federate(isolated(loss, optax.sgd(1.0)), identity())
+    >>> state, history = simulate(
+    ...     federation, jnp.float32(0.0), from_arrays(y, y, client_ids=[0, 1]),
+    ...     rounds=1, key=jax.random.key(0), progress=False)
+    >>> state.clients.algorithm.tolist(), history.bits()["up"].tolist()
+    ([1.0, 3.0], [0.0])
     """
     local.check_work(**work)
     gradient = local.gradient(loss)
