@@ -184,25 +184,20 @@ def main() -> None:
     common.save_figure(folder, draw(config, curves), "mnist_skews")
 
     at = min(10, config.rounds)
-    published = PUBLISHED if config.preset == "full" else {}
+    full = PRESETS["full"]
+    free = {"seeds": full.seeds, "seed": full.seed, "biases": full.biases}
+    published = PUBLISHED if dataclasses.replace(config, **free) == full else {}
     rows = []
     for name in curves:
-        accuracy, loss = published.get(name, (None, None))
         ours = summary[name]
-        rows.append(
-            (
-                label(name),
-                f"{100 * ours['accuracy_mean']:.1f} ± {100 * ours['accuracy_std']:.1f}",
-                "" if accuracy is None else accuracy,
-                f"{ours[f'loss_at_round_{at}']:.3f}",
-                "" if loss is None else loss,
-            )
-        )
-    common.print_table(
-        f"MNIST ({config.data}), {config.rounds} rounds, {config.seeds} seeds",
-        ("case", "accuracy %", "figure", f"loss at round {at}", "figure"),
-        rows,
-    )
+        accuracy, spread = 100 * ours["accuracy_mean"], 100 * ours["accuracy_std"]
+        loss = ours[f"loss_at_round_{at}"]
+        rows.append((label(name), f"{accuracy:.1f} ± {spread:.1f}", f"{loss:.3f}"))
+        rows[-1] += tuple("" if v is None else v for v in published.get(name, ()))
+    columns = ("case", "accuracy %", f"loss at round {at}")
+    theirs = ("figure's accuracy", "figure's loss") if published else ()
+    title = f"MNIST ({config.data}), {config.rounds} rounds, {config.seeds} seeds"
+    common.print_table(title, columns + theirs, rows)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,6 @@ from jaxfl import tree
 from jaxfl.core import Channel, Context, Message, Payload
 
 
-def _no_state(payload):
-    return (), ()
-
-
-def _send(ctx, message, server_state, client_state):
-    return message, client_state, ()
-
-
-def _pass_on(ctx, payload, server_state, report):
-    return payload, server_state
-
-
 def chain(*channels: Channel) -> Channel:
     """Composes channels: encode from the first to the last, decode back again.
 
@@ -79,7 +67,9 @@ def chain(*channels: Channel) -> Channel:
             )
         return payload, tuple(states)
 
-    return Channel(init, encode, decode, tuple(layers))
+    return Channel(
+        init, encode, decode, tuple(layers), any(layer.of_sums for layer in layers)
+    )
 
 
 def _at(ctx: Context, layer: int) -> Context:
@@ -111,7 +101,9 @@ def mean(denominator: float | None = None) -> Channel:
         sum's sensitivity must not depend on who takes part.
 
     Raises:
-      ValueError: if denominator is not positive.
+      TypeError: when a payload has integers, which a weight would truncate.
+      ValueError: if denominator is not positive; by `federate`, with an aggregator
+        that is not linear, such as a median: it would be of weighted shares.
 
     >>> from jaxfl.core import Message
     >>> update = Message(jnp.array([2.0, 4.0]), jnp.float32(3.0), jnp.float32(64.0))
@@ -126,13 +118,13 @@ def mean(denominator: float | None = None) -> Channel:
     McMahan et al. 2018, arXiv:1710.06963, estimator f_f.
     """
     if denominator is not None:
-        if isinstance(denominator, int | float) and denominator <= 0:
+        if isinstance(denominator, int | float) and not denominator > 0:
             raise ValueError(f"denominator must be positive, got {denominator}.")
 
         def divide(ctx, payload, server_state, report):
             return tree.scale(1.0 / jnp.float32(denominator), payload), server_state
 
-        return Channel(_no_state, _send, divide)
+        return Channel(_floats_only, decode=divide, of_sums=True)
 
     def encode(ctx, message, server_state, client_state):
         message = message._replace(
@@ -146,7 +138,12 @@ def mean(denominator: float | None = None) -> Channel:
         share = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
         return tree.scale(share, payload), server_state
 
-    return Channel(_no_state, encode, decode)
+    return Channel(_floats_only, encode, decode, of_sums=True)
+
+
+def _floats_only(payload):
+    tree.require_floats(payload, "mean")
+    return (), ()
 
 
 def gate(should_send: Callable[[Context, Payload], jax.Array]) -> Channel:
@@ -174,7 +171,7 @@ def gate(should_send: Callable[[Context, Payload], jax.Array]) -> Channel:
         )
         return message, client_state, {"open": send}
 
-    return Channel(_no_state, encode, _pass_on)
+    return Channel(encode=encode)
 
 
 def tap(name: str = "tap") -> Channel:
@@ -196,14 +193,16 @@ def tap(name: str = "tap") -> Channel:
     def encode(ctx, message, server_state, client_state):
         return message, client_state, {name: message.payload}
 
-    return Channel(_no_state, encode, _pass_on)
+    return Channel(encode=encode)
 
 
 def on(part: str, channel: Channel) -> Channel:
     """Applies a channel to one entry of a payload that is a dictionary.
 
     The inner channel sees a message of that entry alone. If it withholds it, zeros go
-    in its place and the rest of the message is sent as before.
+    in its place and the rest of the message is sent as before; another change of its
+    weight is the inner channel's own affair. The entry's bits are counted as those of
+    its arrays, so put `on` left of any codec of the whole, and one on an entry.
 
     Args:
       part: the entry's key.
@@ -246,11 +245,14 @@ def on(part: str, channel: Channel) -> Channel:
         entry, server_state = channel.decode(ctx, payload[part], server_state, report)
         return payload | {part: entry}, server_state
 
-    return Channel(init, encode, decode)
+    return Channel(init, encode, decode, of_sums=channel.of_sums)
 
 
 def at_client(transform: optax.GradientTransformation) -> Channel:
     """Any optax transformation of each message; its state stays with the client.
+
+    A random key in the transformation's state is made each client's own, by folding
+    its population id in; it comes from the transformation's seed, not from the run's.
 
     Args:
       transform: for instance `optax.add_noise(...)`, `optax.trace(0.9)`.
@@ -270,7 +272,7 @@ def at_client(transform: optax.GradientTransformation) -> Channel:
         payload, client_state = transform.update(message.payload, client_state)
         return message._replace(payload=payload), client_state, ()
 
-    return Channel(init, encode, _pass_on)
+    return Channel(init, encode)
 
 
 def at_server(transform: optax.GradientTransformation) -> Channel:
@@ -296,4 +298,4 @@ def at_server(transform: optax.GradientTransformation) -> Channel:
     def decode(ctx, payload, server_state, report):
         return transform.update(payload, server_state)
 
-    return Channel(init, _send, decode)
+    return Channel(init, decode=decode)

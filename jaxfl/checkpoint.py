@@ -82,19 +82,16 @@ class Checkpoints:
             saved,
             state,
         )
-        treedef = jax.tree.structure(piece)
         pieces = []
         for file in sorted(self._history.glob("*.npz")):
             if int(file.stem) <= newest:
-                with np.load(file) as leaves:
-                    if len(leaves) != treedef.num_leaves:
+                with np.load(file) as named:
+                    if set(named) != set(_named(piece)):
                         raise ValueError(
                             f"checkpoint: {self._path} holds a run with another "
-                            "evaluate."
+                            "evaluate, or other metrics."
                         )
-                    pieces.append(
-                        treedef.unflatten(leaves[str(i)] for i in range(len(leaves)))
-                    )
+                    pieces.append(_unnamed(named, piece))
         self._pieces = len(pieces)
         self._forget_after(newest)
         return saved, pieces
@@ -116,9 +113,7 @@ class Checkpoints:
             file = self._history / f"{step:09d}.npz"
             partial = file.with_suffix(".partial")
             with open(partial, "wb") as out:
-                np.savez(
-                    out, **{str(i): x for i, x in enumerate(jax.tree.leaves(piece))}
-                )
+                np.savez(out, **_named(piece))
             os.replace(partial, file)
         ocp = self._ocp
         # A copy: the state's own buffers are donated to the next segment.
@@ -134,6 +129,22 @@ class Checkpoints:
         """Waits until all is written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _named(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their paths."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
+
+
+def _unnamed(named: Any, like: PyTree) -> PyTree:
+    """The inverse; npz keeps bfloat16 and its kind as bytes without a type."""
+
+    def leaf(path, like):
+        x = named[jax.tree_util.keystr(path)]
+        return x.view(like.dtype) if x.dtype.kind == "V" else x
+
+    return jax.tree_util.tree_map_with_path(leaf, like)
 
 
 def _is_key(x) -> bool:

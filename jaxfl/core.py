@@ -64,7 +64,8 @@ class Cohort(NamedTuple):
     """The clients of one round.
 
     Attributes:
-      client: int32 `[K]`, population ids, each at most once.
+      client: int32 `[K]`, population ids, each at most once; a row of padding has an
+        id of N or more and is not alive.
       data: pytree of `[K, ...]` arrays, or a `ClientData` of K clients.
       weight: float32 `[K]`, the weight of each client's message.
       alive: bool `[K]`; a client that is not alive is as one never asked.
@@ -123,22 +124,44 @@ class Algorithm(NamedTuple):
     broadcast: Callable = whole_state
 
 
+def no_state(payload: Payload) -> tuple[PyTree, PyTree]:
+    """The default init of a channel: neither end remembers anything."""
+    del payload
+    return (), ()
+
+
+def send_on(ctx, message, server_state, client_state):
+    """The default encode: the message as it came, and nothing to report."""
+    del ctx, server_state
+    return message, client_state, ()
+
+
+def pass_on(ctx, payload, server_state, report):
+    """The default decode: the aggregate as it came."""
+    del ctx, report
+    return payload, server_state
+
+
 class Channel(NamedTuple):
     """What happens to a message on its way, and to the aggregate on its way back.
 
     Attributes:
       init: `payload -> (server_state, client_state)`, given zeros of its shape.
       encode: `(ctx, message, server_state, client_state) -> (message, client_state,
-        report)`, at one client. Reports are summed over those who sent.
+        report)`, at one client. Reports are finite numbers, summed over those who
+        sent.
       decode: `(ctx, payload, server_state, report) -> (payload, server_state)`, once,
         at the server, with the summed report.
       layers: the channels this one is a chain of; None for a channel of its own.
+      of_sums: True where decode makes sense of a sum of messages only, as that of
+        `mean` does; such a channel takes no aggregator that is not linear.
     """
 
-    init: Callable
-    encode: Callable
-    decode: Callable
+    init: Callable = no_state
+    encode: Callable = send_on
+    decode: Callable = pass_on
     layers: "tuple[Channel, ...] | None" = None
+    of_sums: bool = False
 
 
 class Aggregator(NamedTuple):
@@ -202,7 +225,8 @@ class Info(NamedTuple):
       alive: bool `[K]`, who took part to the end.
       sent: bool `[K]`, whose message entered the aggregate.
       delivered: bool `[K]`, to whom the aggregate was given back.
-      rejected: bool `[K]`, whose update was not finite and was dropped.
+      rejected: bool `[K]`, whose update, message or report was not finite and was
+        dropped.
       bits_up: float32 `[K]`, the length of each message.
       bits_down: float32 `[K]`, the length of the broadcast to each client.
       metrics: what the algorithm's clients measured, `[K, ...]`; NaN (integers: 0)

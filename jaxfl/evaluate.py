@@ -67,11 +67,12 @@ def mean_metrics(
         batch = jax.tree.map(lambda x: jnp.asarray(x)[place % count], examples)
         each = metrics(params, batch)
         real = place < count
-        return jax.tree.map(lambda m: jnp.sum(jnp.where(real, m, 0)), each), ()
+        each = jax.tree.map(lambda m: jnp.where(real, m, 0).astype(jnp.float32), each)
+        return jax.tree.map(jnp.sum, each), ()
 
     starts = jnp.arange(batches) * batch_size
     sums, _ = map_clients(on_batch, (params, examples), starts, chunk_size=1, mesh=mesh)
-    return jax.tree.map(lambda s: s.astype(jnp.float32) / count, sums)
+    return jax.tree.map(lambda s: s / count, sums)
 
 
 def on_server(
@@ -151,7 +152,7 @@ def compare(
     """Does it work? Federated, isolated and pooled training of one model on one budget.
 
     All three start from the same parameters, and in every round each passes over the
-    same examples as often.
+    same examples as often, or takes as many steps in all.
 
     Args:
       model: what is trained.
@@ -171,7 +172,12 @@ def compare(
 
     Returns:
       A `Comparison`.
+
+    Raises:
+      ValueError: as `simulate` and `local.train`; if a `probe` is given.
     """
+    if "probe" in work:
+        raise ValueError("probe: compare evaluates the nodes' models itself.")
     init_key, run_key = jax.random.split(key)
     params = model.init(init_key)
     heldout = jax.tree.map(jnp.asarray, heldout)
@@ -183,6 +189,8 @@ def compare(
     pooled_optimizer = pooled_optimizer or client_optimizer
     federated = fedavg(model.loss, client_optimizer, server_optimizer, **work)
     alone = isolated(model.loss, client_optimizer, **work)
+    if steps := work.get("steps"):  # the one node does the work of all
+        work = local.Work(**work | {"steps": steps * data.num_clients})
     pooled = fedavg(model.loss, pooled_optimizer, **work)
 
     def run(algorithm, channel, data, mesh):

@@ -1,6 +1,7 @@
 """Local training: what one client does between a broadcast and a message."""
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
@@ -51,7 +52,8 @@ class Work(TypedDict, total=False):
         given.
       epochs: E, passes over the client's data in a round; 1 unless `steps` is given.
       steps: steps in a round instead, the same number for every client, over as many
-        passes as that needs.
+        passes as that needs. The orders of as many passes as the smallest client
+        needs are drawn for every client.
       shuffle: False to go through the examples in the order in which they are kept.
       probe: `params -> values`, to look inside the round.
       probes: how often, at equal distances, the last time after the last step; 5 if
@@ -150,7 +152,8 @@ def train(
             jax.random.fold_in(step_key, i),
         )
         updates, state = optimizer.update(_at_once(grads), state, params)
-        return optax.apply_updates(params, updates), state, loss + value
+        loss = loss + value.astype(jnp.float32)
+        return optax.apply_updates(params, updates), state, loss
 
     carry = params, optimizer.init(params), jnp.float32(0)
     seen, probe = {}, work.get("probe")
@@ -180,8 +183,8 @@ def check_work(**work: Unpack[Work]) -> None:
         raise ValueError(f"give epochs or steps, not both: got {epochs=} and {steps=}.")
     for name in ("batch_size", "epochs", "steps", "probes"):
         value = work.get(name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+        if value is not None and (not isinstance(value, Integral) or int(value) < 1):
+            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
 
 
 def _at_once(grads: PyTree) -> PyTree:

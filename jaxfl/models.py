@@ -268,7 +268,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Softmax cross-entropy of each example, in nats.
 
     `f_b = log sum_c exp(z_bc) - z_b,y_b`, and its mean over any further axes (the
-    tokens of a sequence).
+    tokens of a sequence). NaN for a label that is no class, so that it is not passed
+    over in silence: the client's update is rejected.
 
     Args:
       logits: `[B, ..., C]`.
@@ -284,7 +285,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     # By one-hot labels: the gradient of a lookup is a scatter, slow in small steps.
     targets = jax.nn.one_hot(labels, logits.shape[-1])
     losses = optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
-    return _per_example(losses)
+    known = (labels >= 0) & (labels < logits.shape[-1])
+    return _per_example(jnp.where(known, losses, jnp.nan))
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:

@@ -21,6 +21,7 @@ def clip(norm: float) -> Channel:
       norm: C, the clip norm, positive; it may be a traced array.
 
     Raises:
+      TypeError: when a payload has integers.
       ValueError: if norm is not positive.
 
     >>> from jaxfl.core import Message
@@ -40,7 +41,8 @@ def clip(norm: float) -> Channel:
         message = message._replace(payload=tree.scale(factor, message.payload))
         return message, client_state, {"clipped": size > norm}
 
-    def decode(ctx, payload, server_state, report):
-        return payload, server_state
+    def init(payload):
+        tree.require_floats(payload, "clip")
+        return (), ()
 
-    return Channel(lambda payload: ((), ()), encode, decode)
+    return Channel(init, encode)

@@ -87,9 +87,10 @@ def map_clients(
     >>> summed.item(), stacked.tolist()
     (60.0, [0.0, 1.0, 4.0, 9.0])
     """
-    if not jax.tree.leaves(xs):
-        raise ValueError("xs must have an array, with a client axis.")
-    k = jax.tree.leaves(xs)[0].shape[0]
+    lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(xs)}
+    if len(lengths) != 1 or lengths == {()}:
+        raise ValueError("xs must be arrays [K, ...] with one client axis K.")
+    ((k,),) = lengths
     devices = 1 if mesh is None else mesh.shape[AXIS]
     if k % devices:
         raise ValueError(f"mesh: {devices} devices must divide the {k} clients of xs.")
@@ -98,58 +99,70 @@ def map_clients(
         raise ValueError(
             f"chunk_size: {chunk} must divide the {k // devices} clients of a device."
         )
-    if mesh is None:
-        return _map_chunks(fn, shared, xs, chunk)
 
     def on_device(shared, xs):
         summed, stacked = _map_chunks(fn, shared, xs, chunk)
         return jax.lax.psum(summed, AXIS), stacked
 
+    one = jax.eval_shape(fn, shared, jax.tree.map(lambda a: a[0], xs))[0]
+    if mesh is None:
+        summed, stacked = _map_chunks(fn, shared, xs, chunk)
+        return _settle(summed, one), stacked
+
     # Without check_vma=False a gradient with respect to `shared` would be summed over
     # devices, and a client's own loop, begun from zeros, would be refused under a mesh.
-    return jax.shard_map(
+    summed, stacked = jax.shard_map(
         on_device,
         mesh=mesh,
         in_specs=(P(), P(AXIS)),
         out_specs=(P(), P(AXIS)),
         check_vma=False,
     )(shared, xs)
+    return _settle(summed, one), stacked
 
 
 def _map_chunks(fn, shared, xs, chunk: int):
-    """`map_clients` on one device: a scan over chunks, each a vmap over its clients."""
-    k = jax.tree.leaves(xs)[0].shape[0]
+    """`map_clients` on one device: a scan over chunks, each a vmap over its clients.
 
-    def add_up(x):
-        return jnp.sum(x, 0, dtype=_accumulator(x.dtype))
+    The sums are in the dtypes that they are accumulated in.
+    """
+    k = jax.tree.leaves(xs)[0].shape[0]
 
     def on_chunk(x):
         if chunk == 1:  # no vmap: a loop's own trip count, a conditional's own branch
-            summed, stacked = fn(shared, jax.tree.map(lambda a: a[0], x))
-            return jax.tree.map(lambda a: a.astype(_accumulator(a.dtype)), summed), (
-                jax.tree.map(lambda a: a[None], stacked)
+            one = jax.tree.map(lambda a: a[0], x)
+            summed, stacked = jax.tree.map(
+                lambda a: jnp.asarray(a)[None], fn(shared, one)
             )
-        summed, stacked = jax.vmap(fn, (None, 0))(shared, x)
-        return jax.tree.map(add_up, summed), stacked
+        else:
+            summed, stacked = jax.vmap(fn, (None, 0))(shared, x)
+        return jax.tree.map(
+            lambda a: jnp.sum(a, 0, dtype=_accumulator(a.dtype)), summed
+        ), stacked
 
-    one = jax.eval_shape(fn, shared, jax.tree.map(lambda a: a[0], xs))[0]
     if chunk == k:
-        summed, stacked = on_chunk(xs)
-    else:
+        return on_chunk(xs)
 
-        def body(carry, x):
-            summed, stacked = on_chunk(x)
-            return jax.tree.map(jnp.add, carry, summed), stacked
+    def body(carry, x):
+        summed, stacked = on_chunk(x)
+        return jax.tree.map(jnp.add, carry, summed), stacked
 
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, _accumulator(x.dtype)), one)
-        chunks = jax.tree.map(lambda a: a.reshape(-1, chunk, *a.shape[1:]), xs)
-        summed, stacked = jax.lax.scan(body, zero, chunks)
-        stacked = jax.tree.map(lambda a: a.reshape(k, *a.shape[2:]), stacked)
+    chunks = jax.tree.map(lambda a: a.reshape(-1, chunk, *a.shape[1:]), xs)
+    first = jax.tree.map(lambda a: a[0], chunks)
+    zero = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(on_chunk, first)[0]
+    )
+    summed, stacked = jax.lax.scan(body, zero, chunks)
+    return summed, jax.tree.map(lambda a: a.reshape(k, *a.shape[2:]), stacked)
 
-    def settle(x, to):
+
+def _settle(summed: PyTree, one: PyTree) -> PyTree:
+    """Sums in the dtypes of what was summed; of flags, their number."""
+
+    def leaf(x, to):
         return x if jnp.issubdtype(to.dtype, jnp.bool_) else x.astype(to.dtype)
 
-    return jax.tree.map(settle, summed, one), stacked
+    return jax.tree.map(leaf, summed, one)
 
 
 def _accumulator(dtype):
@@ -182,7 +195,8 @@ def federate(
       - An update that is not finite is dropped and counted in `info.rejected`; its
         client's state stays as it was.
       - A round in which nothing is delivered, because nobody sent or because the
-        aggregate overflowed, leaves the algorithm's state as it was.
+        aggregate overflowed, leaves the algorithm's state as it was (after an
+        overflow the channel's and aggregator's too).
 
     Args:
       algorithm: what is computed.
@@ -198,7 +212,8 @@ def federate(
 
     Raises:
       TypeError: if a part is not of its type.
-      ValueError: if chunk_size is not positive, or mesh has no axis "clients".
+      ValueError: if chunk_size is not positive, mesh has no axis "clients", or the
+        channel has a `mean` and the aggregator is not linear.
 
     >>> import optax
     >>> from jaxfl import fedavg, from_arrays, mean
@@ -221,6 +236,11 @@ def federate(
     ):
         if not isinstance(part, kind):
             raise TypeError(f"{name} must be a jaxfl.{kind.__name__}, got {part!r}.")
+    if channel.of_sums and not aggregator.linear:
+        raise ValueError(
+            "channel: mean() divides a sum, and the aggregator is not linear; "
+            "leave mean() out."
+        )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
     if mesh is not None and tuple(mesh.axis_names) != (AXIS,):
@@ -247,7 +267,12 @@ def federate(
         channel_server, channel_own = channel.init(payload)
 
         def stack(x):
-            return jnp.broadcast_to(x, (n, *jnp.shape(x)))
+            rows = jnp.broadcast_to(x, (n, *x.shape))
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # each client its own
+                keys = rows.reshape(n, -1)
+                fold = jax.vmap(jax.random.fold_in, (0, None))
+                rows = jax.vmap(fold)(keys, jnp.arange(n)).reshape(rows.shape)
+            return rows
 
         return State(
             round=jnp.int32(0),
@@ -285,7 +310,7 @@ def federate(
             own.channel,
         )
         own_channel = _same(own.channel, own_channel, "channel.encode")
-        finite &= tree.is_finite(message.payload)
+        finite &= tree.is_finite((message.payload, message.weight, report))
         done = alive & finite
         sent = done & (message.weight > 0)
         payload = tree.mask(sent, message.payload)
@@ -339,7 +364,17 @@ def federate(
         payload, channel_server = channel.decode(
             ctx._replace(key=decode_key), payload, server.channel, reports
         )
-        delivered &= tree.is_finite(payload)  # a sum can overflow
+        channel_server = _same(server.channel, channel_server, "channel.decode")
+        aggregator_state = _same(
+            server.aggregator, aggregator_state, "aggregator.apply"
+        )
+        fine = tree.is_finite(payload)  # a sum can overflow
+        delivered &= fine
+        channel_server, aggregator_state = optax.tree.where(
+            fine,
+            (channel_server, aggregator_state),
+            (server.channel, server.aggregator),
+        )
         stepped = algorithm.server(
             ctx._replace(key=step_key),
             server.algorithm,
@@ -358,11 +393,7 @@ def federate(
         new = State(
             state.round + 1,
             population,
-            ServerState(
-                stepped,
-                _same(server.channel, channel_server, "channel.decode"),
-                _same(server.aggregator, aggregator_state, "aggregator.apply"),
-            ),
+            ServerState(stepped, channel_server, aggregator_state),
             jax.tree.map(
                 lambda all, mine: all.at[cohort.client].set(mine, mode="drop"),
                 state.clients,

@@ -32,6 +32,13 @@ def num_bits(tree: PyTree) -> int:
     return sum(8 * x.dtype.itemsize * x.size for x in jax.tree.leaves(tree))
 
 
+def require_floats(tree: PyTree, name: str) -> None:
+    """Raises TypeError, in a channel's name, if its payload has an integer leaf."""
+    for x in jax.tree.leaves(tree):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise TypeError(f"{name}: payload must be of floats, got {x.dtype}.")
+
+
 def mask(flag: jax.Array, tree: PyTree) -> PyTree:
     """The tree where the flag holds, zeros elsewhere; never a product with a NaN.
 

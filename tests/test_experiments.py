@@ -144,7 +144,8 @@ def test_mcmahan2017(tmp_path):
     assert summary["parameters"] == 199_210
     cells = [(c["partition"], c["C"], c["E"], c["B"]) for c in summary["cells"]]
     assert cells == [(p, c, 1, 10) for p in ("iid", "shards") for c in (0.0, 0.1)]
-    assert [c["paper"] for c in summary["cells"]] == [316, 87, 3275, 664]
+    # The subset in the package is not the paper's data.
+    assert [c["paper"] for c in summary["cells"]] == [None] * 4
     assert all(c["rounds"] is None for c in summary["cells"])  # 93 % in two rounds
     assert len(rows) == len(cells) * rounds
     assert "> 2" in printed

@@ -133,6 +133,13 @@ def test_simulate_over_devices(mesh, cohort_size):
     assert history.round.tolist() == [2, 3]
 
 
+def test_sums_of_16_bits_are_settled_after_all_devices(mesh):
+    x = jnp.array([256, 1, 1, 1], jnp.bfloat16)
+    for m in (None, mesh):
+        total, _ = jaxfl.map_clients(lambda _, v: (v, ()), (), x, mesh=m)
+        assert total == 260, m  # 259 in bfloat16; 256 + 1 is 256
+
+
 def test_evaluation_over_devices(mesh):
     x = jnp.arange(11.0)
     got, want = (

@@ -418,6 +418,72 @@ def test_an_overflowing_sum_changes_no_model():
     assert not info.rejected.any()
 
 
+def test_a_run_goes_on_after_an_overflow():
+    """The momentum of the channel is not left infinite by the one bad round."""
+
+    def client(ctx, broadcast, client_state, data):
+        return jnp.where(ctx.round == 0, 3e38, 1.0), client_state, {}
+
+    algorithm = jaxfl.Algorithm(
+        init=lambda params: (params, ()),
+        client=client,
+        server=lambda ctx, state, outcome: state - outcome.payload,
+    )
+    channel = jaxfl.chain(jaxfl.at_server(optax.trace(0.5)), jaxfl.mean(2.0))
+    federation = jaxfl.federate(algorithm, channel)
+    data = toy.data()
+    state = federation.init(jnp.float32(5), data)
+    for _ in range(2):
+        cohort = toy.cohort(data, [0, 1])
+        state, info = federation.round(jax.random.key(0), state, cohort)
+    assert info.delivered.all() and state.server.algorithm == 4
+
+
+def test_a_report_that_is_not_finite_is_one_clients_own_loss():
+    def encode(ctx, message, server_state, client_state):
+        return message, client_state, {"x": jnp.where(ctx.client == 1, jnp.nan, 1.0)}
+
+    def decode(ctx, payload, server_state, report):
+        return jax.tree.map(lambda x: x / report["x"], payload), server_state
+
+    channel = jaxfl.Channel(encode=encode, decode=decode)
+    federation = jaxfl.federate(jaxfl.fedavg(toy.loss, optax.sgd(0.1)), channel)
+    data = toy.data()
+    state = federation.init(toy.params(), data)
+    new, info = federation.round(jax.random.key(0), state, toy.cohort(data, [0, 1, 2]))
+    assert info.rejected.tolist() == [False, True, False]
+    assert info.delivered.tolist() == [True, False, True]
+    assert new.params["b"] != state.params["b"]
+
+
+def test_each_client_has_a_random_key_of_its_own():
+    noise = jaxfl.at_client(optax.add_noise(1.0, 0.0, key=0))
+    channel = jaxfl.chain(noise, jaxfl.tap(), jaxfl.mean())
+    federation = jaxfl.federate(jaxfl.fedavg(toy.loss, optax.sgd(0.0)), channel)
+    data = toy.data()
+    state = federation.init(toy.params(), data)
+    _, info = federation.round(jax.random.key(0), state, toy.cohort(data, [0, 1, 2]))
+    assert len(set(np.asarray(info.reports[1]["tap"]["b"]).tolist())) == 3
+
+
+def test_a_mean_of_what_is_no_sum_is_refused():
+    algorithm = jaxfl.fedavg(toy.loss, optax.sgd(0.1))
+    median = jaxfl.Aggregator(lambda payload: (), lambda ctx, x, sent, s: (x, sent, s))
+    for channel in (
+        jaxfl.mean(),
+        jaxfl.chain(jaxfl.clip(1.0), jaxfl.mean(3.0)),
+        jaxfl.on("w", jaxfl.mean()),
+    ):
+        with pytest.raises(ValueError, match="mean.*not linear"):
+            jaxfl.federate(algorithm, channel, median)
+
+
+@pytest.mark.parametrize("channel", [jaxfl.mean(), jaxfl.clip(1.0)])
+def test_integers_are_not_scaled(channel):
+    with pytest.raises(TypeError, match="payload must be of floats, got int32"):
+        channel.init({"w": jnp.zeros(2), "n": jnp.zeros(2, jnp.int32)})
+
+
 @pytest.mark.parametrize("chunk_size", [None, 1, 4])
 def test_the_roster_is_the_cohort_whatever_the_chunk(chunk_size):
     def client(ctx, broadcast, client_state, data):
@@ -432,3 +498,25 @@ def test_the_roster_is_the_cohort_whatever_the_chunk(chunk_size):
     _, info = federation.round(jax.random.key(0), federation.init((), data), cohort)
     assert info.metrics["roster"][0].tolist() == [6, 0, 3]
     assert info.metrics["alive"][1].tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("padding", [toy.N, np.iinfo(np.int32).max])
+def test_a_row_of_padding_is_nobody(padding):
+    """A cohort of fixed size is filled with an id that no client has, not alive."""
+    data = toy.data()
+    last = toy.N - 1
+    channel = jaxfl.chain(jaxfl.at_client(optax.trace(0.5)), jaxfl.mean())
+    federation = jaxfl.federate(jaxfl.fedavg(toy.loss, optax.sgd(0.1)), channel)
+    state = federation.init(toy.params(), data)
+    cohort = toy.cohort(data, [0, last])
+    want, _ = federation.round(jax.random.key(0), state, cohort)
+    padded = jaxfl.Cohort(
+        jnp.array([0, last, padding, padding]),
+        data[jnp.array([0, last, last, 0])],
+        jnp.array([*cohort.weight, 1.0, 1.0]),
+        jnp.array([True, True, False, False]),
+    )
+    got, info = federation.round(jax.random.key(0), state, padded)
+    jax.tree.map(np.testing.assert_array_equal, got.clients, want.clients)
+    np.testing.assert_allclose(got.params["w"], want.params["w"], rtol=1e-6)
+    assert info.sent.tolist() == [True, True, False, False]

@@ -1,7 +1,7 @@
 """The container: examples kept once, and for every client the rows that are its own."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -50,6 +50,12 @@ class ClientData:
         """The size every client has, or None where clients are ragged."""
         return self.longest if self.shortest == self.longest else None
 
+    def __len__(self) -> int:
+        return self.num_clients
+
+    def __iter__(self) -> "Iterator[ClientData]":
+        return (self[i] for i in range(self.num_clients))
+
     def __getitem__(self, clients) -> "ClientData":
         """The clients with these ids; one client for a scalar id."""
         start, size = jnp.asarray(self.start), jnp.asarray(self.size)
@@ -58,8 +64,8 @@ class ClientData:
     def take(self, position: jax.Array) -> PyTree:
         """Examples at these positions, `[B]` from 0, of ONE client's rows.
 
-        A position past the end gives one of the client's own rows again, never a
-        neighbour's: mask such rows with `position < size`.
+        A position past the end gives one of the client's own rows again: mask such
+        rows with `position < size` (a client without rows gives another's).
         """
         position = jnp.clip(position, 0, jnp.maximum(self.size - 1, 0))
         rows = jnp.asarray(self.index).at[self.start + position].get(mode="clip")
