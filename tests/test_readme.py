@@ -15,6 +15,10 @@ def test_the_example_runs(capsys):
     assert 0.3 < accuracy <= 1
 
 
+def test_nothing_is_left_to_fill_in():
+    assert not re.findall(r"@[A-Z]+@|TODO|XXX", README)
+
+
 def test_links_lead_somewhere():
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
     assert len(links) > 20
