@@ -100,14 +100,14 @@ def map_clients(
             f"chunk_size: {chunk} must divide the {k // devices} clients of a device."
         )
 
-    def on_device(shared, xs):
-        summed, stacked = _map_chunks(fn, shared, xs, chunk)
-        return jax.lax.psum(summed, AXIS), stacked
-
     one = jax.eval_shape(fn, shared, jax.tree.map(lambda a: a[0], xs))[0]
     if mesh is None:
         summed, stacked = _map_chunks(fn, shared, xs, chunk)
         return _settle(summed, one), stacked
+
+    def on_device(shared, xs):
+        summed, stacked = _map_chunks(fn, shared, xs, chunk)
+        return jax.lax.psum(summed, AXIS), stacked
 
     # Without check_vma=False a gradient with respect to `shared` would be summed over
     # devices, and a client's own loop, begun from zeros, would be refused under a mesh.
