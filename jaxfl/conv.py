@@ -2,7 +2,8 @@
 
 XLA's CPU convolution is about ten times slower inside a loop (`lax.scan` over local
 steps) than outside it, and `vmap` over clients, each with a kernel of its own, turns
-it into a grouped convolution, which is no faster. A matmul has neither problem.
+it into a grouped convolution, which is no faster. A matmul has neither problem, and
+on a CPU, where local steps are bound by arithmetic, Winograd's takes half of it.
 """
 
 import functools
@@ -40,6 +41,12 @@ def matmul_conv(
     patches `[B, *S', prod(kernel) * C]`, which one matmul contracts with the kernel.
     Any number of spatial dimensions, every layout, stride, padding, kernel dilation and
     dtype; `jit`, `vmap`, and forward, reverse and higher derivatives.
+
+    On a CPU, kernels 3 to 5 wide with unit strides, no dilation and at least 16
+    channels in float32 or float64 take Winograd's way along the last spatial dimension:
+    6 products for every `7 - width` outputs, where the definition has
+    `width (7 - width)`. It halves the time of the 5x5 convolution of 32 channels; its
+    rounding error is about 2.5 times that of the plain sum.
 
     The patches take `prod(kernel)` times the memory of the input and are kept for the
     backward pass. What has no such form is handed to `lax.conv_general_dilated`
@@ -80,7 +87,8 @@ def matmul_conv(
     Reference:
       Chellapilla, Puri and Simard (2006), High Performance Convolutional Neural
       Networks for Document Processing, IWFHR (unrolling a convolution to a matrix
-      product).
+      product). Lavin and Gray (2016), Fast Algorithms for Convolutional Neural
+      Networks, arXiv:1509.09308 (`F(m, r)` in one dimension, section 4).
     """
     conv = functools.partial(
         lax.conv_general_dilated,
@@ -116,18 +124,81 @@ def matmul_conv(
         padding = lax.padtype_to_pads(lhs.shape[1:-1], extents, window_strides, padding)
     edges = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
     padded = lax.pad(lhs, jnp.zeros((), lhs.dtype), edges)
-
-    patches = _patches_p.bind(
-        padded, kernel=kernel, strides=tuple(window_strides), dilation=dilation
-    )
-    y = lax.dot_general(
-        patches,
-        rhs.reshape(-1, rhs.shape[-1]),
-        (((n + 1,), (0,)), ((), ())),
+    dot = functools.partial(
+        lax.dot_general,
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
+    if (
+        jax.default_backend() == "cpu"
+        and 3 <= kernel[-1] <= 5
+        and {*window_strides, *dilation} == {1}
+        and rhs.shape[-2] >= 16
+        and lhs.dtype in (jnp.float32, jnp.float64)
+    ):
+        y = _winograd(padded, rhs, dot)
+    else:
+        patches = _patches_p.bind(
+            padded, kernel=kernel, strides=tuple(window_strides), dilation=dilation
+        )
+        kernels = rhs.reshape(-1, rhs.shape[-1])
+        y = dot(patches, kernels, (((n + 1,), (0,)), ((), ())))
     return lax.transpose(y, np.argsort((out_b, *out_s, out_c)))
+
+
+_TILE = 6  # Larger ones lose digits: the interpolation points would be 3 and more.
+
+
+def _toom_cook(r: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`A [6, m], G [6, r], B [6, 6]` of `F(m, r)`, where m = 7 - r.
+
+    `A^T ((G g) * (B x))` are the m inner products of the r numbers g with the r
+    successive ones of the 6 numbers x: evaluation of polynomials at 0, ±1, ±2 and
+    infinity, a product at each, and the transpose of an interpolation.
+    """
+
+    def evaluate(k):
+        powers = np.array([0.0, 1, -1, 2, -2])[:, None] ** np.arange(k)
+        return np.vstack([powers, np.eye(k)[-1]])
+
+    interpolate = np.linalg.inv(evaluate(_TILE)).T
+    interpolate[np.abs(interpolate) < 1e-12] = 0
+    size = np.abs(interpolate).max(1, keepdims=True)
+    return evaluate(_TILE + 1 - r), evaluate(r) * size, interpolate / size
+
+
+def _winograd(x, w, dot):
+    """`[B, *S, C]` with `[*kernel, C, O]`, unit strides: `F(m, r)` along the last S."""
+
+    def combine(matrix, xs):
+        terms = ([(c, x) for c, x in zip(row, xs, strict=True) if c] for row in matrix)
+        return [sum(x if c == 1 else float(c) * x for c, x in t) for t in terms]
+
+    *kernel, r, _, features = w.shape
+    m, axis = _TILE + 1 - r, x.ndim - 2
+    width = x.shape[axis] - r + 1
+    tiles = -(-width // m)
+    short = (tiles - 1) * m + _TILE - x.shape[axis]
+    edges = [(0, short * (i == axis), 0) for i in range(x.ndim)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), edges)
+    a, g, b = _toom_cook(r)
+
+    # The tiles' entries, one array for each of the 6: [6 B, *S', tiles, kernel C].
+    entries = (
+        lax.slice_in_dim(x, i, i + (tiles - 1) * m + 1, m, axis) for i in range(_TILE)
+    )
+    x = jnp.concatenate(combine(b, list(entries)))
+    ones = (1,) * len(w.shape[:-2])
+    x = _patches_p.bind(x, kernel=(*kernel, 1), strides=ones, dilation=ones)
+    w = jnp.einsum("tr,...rco->t...co", g.astype(w.dtype), w)
+    y = dot(
+        x.reshape(_TILE, -1, x.shape[-1]),
+        w.reshape(_TILE, -1, features),
+        (((2,), (1,)), ((0,), (0,))),
+    )
+    y = jnp.stack(combine(a.T, list(y)), 1)
+    y = y.reshape(-1, *x.shape[1:-2], tiles * m, features)
+    return lax.slice_in_dim(y, 0, width, axis=axis)
 
 
 def max_pool(x: jax.Array, window: Sequence[int] = (2, 2)) -> jax.Array:

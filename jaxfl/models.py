@@ -14,6 +14,7 @@ import optax
 from flax import linen as nn
 
 from jaxfl.conv import matmul_conv, max_pool
+from jaxfl.dense import fused_dot
 
 Params = Any
 Batch = Any  # {"x": [B, ...], "y": [B, ...]}
@@ -96,12 +97,12 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0], -1)
         for size in self.hidden:
-            x = nn.relu(
-                nn.Dense(size, **_kernel_and_bias(self.initializers, x.shape[-1]))(x)
-            )
-        return nn.Dense(
-            self.num_classes, **_kernel_and_bias(self.initializers, x.shape[-1])
-        )(x)
+            x = nn.relu(self.dense(size, x))
+        return self.dense(self.num_classes, x)
+
+    def dense(self, size: int, x: jax.Array) -> jax.Array:
+        initial = _kernel_and_bias(self.initializers, x.shape[-1])
+        return nn.Dense(size, dot_general=fused_dot, **initial)(x)
 
 
 class CNN(nn.Module):
