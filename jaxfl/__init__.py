@@ -7,7 +7,7 @@ the round, the run, and what is looked at.
 
 from importlib.metadata import version
 
-from jaxfl import data, evaluate, history, local, models, plot, tree
+from jaxfl import data, evaluate, history, local, models, plan, plot, tree
 from jaxfl.aggregate import total
 from jaxfl.algorithms.fedavg import fedavg
 from jaxfl.algorithms.isolated import isolated
@@ -26,8 +26,10 @@ from jaxfl.core import (
     State,
 )
 from jaxfl.data.federated import ClientData, from_arrays
+from jaxfl.dense import fused_dot
 from jaxfl.evaluate import compare, on_server
 from jaxfl.history import History
+from jaxfl.plan import cores_as_devices, dry_run, tune
 from jaxfl.privacy import clip
 from jaxfl.round import client_mesh, federate, map_clients
 from jaxfl.simulate import sample_cohort, scan_rounds, simulate
@@ -42,6 +44,7 @@ __all__ = [
     # models
     "models",
     "matmul_conv",
+    "fused_dot",
     # algorithms
     "Algorithm",
     "Context",
@@ -72,6 +75,11 @@ __all__ = [
     "federate",
     "map_clients",
     "client_mesh",
+    # the execution plan
+    "cores_as_devices",
+    "tune",
+    "dry_run",
+    "plan",
     # the run
     "simulate",
     "scan_rounds",

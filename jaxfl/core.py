@@ -252,11 +252,15 @@ class Federation(NamedTuple):
       init: `(params, data) -> State`, with `data` the population's, `[N, ...]`.
       round: `(key, state, cohort) -> (state, info)`. `key` is the run's: each round
         derives its own from `state.round`.
+      parts: the algorithm, the channel and the aggregator that it is composed of.
+      chunk_size: clients vmapped at once on each device; None for all.
       mesh: the devices over which a cohort is spread, or None.
     """
 
     init: Callable[[Params, Data], State]
     round: Callable[[jax.Array, State, Cohort], tuple[State, Info]]
+    parts: tuple[Algorithm, Channel, Aggregator]
+    chunk_size: int | None = None
     mesh: jax.sharding.Mesh | None = None
 
 

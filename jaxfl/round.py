@@ -253,16 +253,7 @@ def federate(
         n = population_size(data)
         server, own = algorithm.init(params)
 
-        def payload_of_one(server, own, data):
-            nobody = jnp.zeros(1, jnp.int32)
-            ctx = server_context(
-                jax.random.key(0), jnp.int32(0), nobody, nobody > 0, jnp.int32(n)
-            )
-            shared, rows = _separate(data)
-            one = _rejoin(shared, jax.tree.map(lambda x: x[0], rows))
-            return algorithm.client(ctx, algorithm.broadcast(server), own, one)[0]
-
-        shape = jax.eval_shape(payload_of_one, server, own, data)
+        _, shape = message_shapes(algorithm, server, own, data)
         payload = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
         channel_server, channel_own = channel.init(payload)
 
@@ -336,6 +327,7 @@ def federate(
         roster = jnp.asarray(cohort.client, jnp.int32)
         ctx = server_context(server_key, state.round, roster, cohort.alive, population)
         cohort = _pad(cohort, chunk_size, mesh)
+        cohort, place = _longest_first(cohort, chunk_size, mesh)
         aggregate_key, decode_key, step_key = jax.random.split(ctx.key, 3)
         broadcast = algorithm.broadcast(server.algorithm)
         examples, rows = _separate(cohort.data)
@@ -350,8 +342,9 @@ def federate(
             chunk_size=_chunk(cohort, chunk_size, mesh),
             mesh=mesh,
         )
+        place = slice(k) if place is None else place[:k]
         cohort, stacked = jax.tree.map(
-            lambda x: x[:k], (cohort._replace(data=()), stacked)
+            lambda x: x[place], (cohort._replace(data=()), stacked)
         )
         payloads, own, sent, rejected, bits_up, metrics, each = stacked
 
@@ -414,7 +407,25 @@ def federate(
         )
         return new, info
 
-    return Federation(init, round, mesh)
+    parts = algorithm, channel, aggregator
+    return Federation(init, round, parts, chunk_size, mesh)
+
+
+def message_shapes(
+    algorithm: Algorithm, server_state: PyTree, client_state: PyTree, data: Data
+) -> tuple[PyTree, PyTree]:
+    """The shapes of what goes down to one client, and of the payload it makes."""
+
+    def messages(server_state, client_state, data):
+        nobody = jnp.zeros(1, jnp.int32)
+        n = jnp.int32(population_size(data))
+        ctx = server_context(jax.random.key(0), jnp.int32(0), nobody, nobody > 0, n)
+        shared, rows = _separate(data)
+        one = _rejoin(shared, jax.tree.map(lambda x: x[0], rows))
+        broadcast = algorithm.broadcast(server_state)
+        return broadcast, algorithm.client(ctx, broadcast, client_state, one)[0]
+
+    return jax.eval_shape(messages, server_state, client_state, data)
 
 
 def population_size(data: Data) -> int:
@@ -494,16 +505,83 @@ def _pad(cohort: Cohort, chunk_size: int | None, mesh: Mesh | None) -> Cohort:
     cohort = cohort._replace(client=jnp.asarray(cohort.client, jnp.int32))
     if extra == 0:
         return cohort
-    examples, rows = _separate(cohort.data)
-    last = jnp.minimum(jnp.arange(k + extra), k - 1)
     real = jnp.arange(k + extra) < k
-    rows, client, weight, alive = jax.tree.map(
-        lambda x: jnp.asarray(x)[last],
-        (rows, cohort.client, cohort.weight, cohort.alive),
+    cohort = _take(cohort, jnp.minimum(jnp.arange(k + extra), k - 1))
+    return cohort._replace(
+        client=jnp.where(real, cohort.client, NOBODY), alive=cohort.alive & real
     )
-    return Cohort(
-        jnp.where(real, client, NOBODY), _rejoin(examples, rows), weight, alive & real
+
+
+def _take(cohort: Cohort, rows: jax.Array) -> Cohort:
+    """These rows of the cohort; the examples stay where they are."""
+    data = select_clients(cohort.data, rows)
+    client, weight, alive = (
+        jnp.asarray(x)[rows] for x in (cohort.client, cohort.weight, cohort.alive)
     )
+    return Cohort(client, data, weight, alive)
+
+
+def _longest_first(
+    cohort: Cohort, chunk_size: int | None, mesh: Mesh | None
+) -> tuple[Cohort, jax.Array | None]:
+    """Puts ragged clients of like sizes into one chunk, and as much on every device.
+
+    A chunk's loop ends with its longest client. Who is not alive has nothing to do.
+
+    Returns:
+      The cohort in its new order, and for each old place the new one, `[K]`; the same
+      cohort and None where the clients are alike or no order would matter.
+    """
+    devices = 1 if mesh is None else mesh.shape[AXIS]
+    chunk = _chunk(cohort, chunk_size, mesh)
+    data, k = cohort.data, cohort.client.shape[0]
+    if not isinstance(data, ClientData) or data.static_size is not None:
+        return cohort, None
+    size = jnp.where(cohort.alive, data.size, 0)
+    cohort = cohort._replace(data=dataclasses.replace(data, size=size))
+    if k == chunk or chunk == devices == 1:
+        return cohort, None
+    ranked = jnp.argsort(-size, stable=True)
+    order = ranked[execution_order(size[ranked], chunk, devices)]
+    return _take(cohort, order), jnp.argsort(order)
+
+
+def execution_order(work: jax.Array, chunk: int, devices: int) -> jax.Array:
+    """Which client is done where: row by row the chunks of one device after another.
+
+    Neighbours share a chunk, which lasts as long as its longest. The longest chunk that
+    is left goes to the device that has the least to do and room for it.
+
+    Args:
+      work: of each client, `[K]`, the most first.
+      chunk: clients in a chunk; chunks and devices divide K.
+      devices: how many.
+
+    Returns:
+      int32 `[K]`, an order of the clients.
+
+    >>> execution_order(jnp.array([9, 2, 1, 1]), 1, 2).tolist()  # 9 + 1 and 2 + 1
+    [0, 3, 1, 2]
+
+    Reference: Graham 1969, Bounds on Multiprocessing Timing Anomalies (longest
+    processing time first), with as many chunks on every device.
+    """
+    order = jnp.arange(work.shape[0])
+    if devices == 1:
+        return order
+    longest = work.reshape(-1, chunk)[:, 0]
+    room = longest.shape[0] // devices
+
+    def deal(carry, length):
+        load, given = carry
+        load_or_full = jnp.where(given < room, load, jnp.inf)
+        device = jnp.argmin(load_or_full)
+        place = device * room + given[device]
+        return (load.at[device].add(length), given.at[device].add(1)), place
+
+    nothing = jnp.zeros(devices), jnp.zeros(devices, int)
+    _, place = jax.lax.scan(deal, nothing, longest)
+    return order.reshape(-1, chunk)[jnp.argsort(place)].ravel()
 
 
 def _blank_unless(flag: jax.Array, values: PyTree) -> PyTree:
