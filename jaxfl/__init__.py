@@ -8,7 +8,7 @@ the round, the run, and what is looked at.
 from importlib.metadata import version
 
 from jaxfl import data, evaluate, history, local, models, plan, plot, tree
-from jaxfl.aggregate import total
+from jaxfl.aggregate import median, total
 from jaxfl.algorithms.fedavg import fedavg
 from jaxfl.algorithms.isolated import isolated
 from jaxfl.channel import at_client, at_server, chain, gate, identity, mean, on, tap
@@ -67,6 +67,7 @@ __all__ = [
     # aggregators
     "Aggregator",
     "total",
+    "median",
     # the round
     "Federation",
     "Cohort",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxfl.core import State
@@ -66,7 +67,8 @@ class Checkpoints:
                     f"{saved_run.get(name)}, and this one has {value}."
                 )
         abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _bare(state)
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            _bare(state),
         )
         try:
             saved = self._manager.restore(
@@ -77,11 +79,7 @@ class Checkpoints:
             raise ValueError(
                 f"checkpoint: {self._path} holds the state of another federation."
             ) from error
-        saved = jax.tree.map(
-            lambda new, old: _wrap(jax.device_put(new, _bare(old).sharding), old),
-            saved,
-            state,
-        )
+        saved = jax.tree.map(_wrap, saved, state)
         pieces = []
         for file in sorted(self._history.glob("*.npz")):
             if int(file.stem) <= newest:
@@ -116,8 +114,12 @@ class Checkpoints:
                 np.savez(out, **_named(piece))
             os.replace(partial, file)
         ocp = self._ocp
-        # A copy: the state's own buffers are donated to the next segment.
-        copy = jax.tree.map(lambda x: np.array(x, copy=True), _bare(state))
+        # A copy: the state's own buffers are donated to the next segment. On the host
+        # if that sees all of it, else each process writes what it holds.
+        copy = jax.tree.map(
+            lambda x: np.array(x) if x.is_fully_addressable else jnp.copy(x),
+            _bare(state),
+        )
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -148,7 +150,7 @@ def _unnamed(named: Any, like: PyTree) -> PyTree:
 
 
 def _is_key(x) -> bool:
-    return jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _bare(tree: PyTree) -> PyTree:

@@ -174,11 +174,16 @@ class Aggregator(NamedTuple):
         nothing was sent.
       linear: True where a sum is all that is needed: it streams over chunks of
         clients and over devices, and no `[K, ...]` stack is ever held.
+      coordinatewise: True where every coordinate is treated alone and alike, without
+        random draws, and `delivered` and the state depend on none: over several
+        devices `payload` then has leaves `[K, n]`, a device's share of the
+        coordinates, so that none holds the stack of whole messages.
     """
 
     init: Callable
     apply: Callable
     linear: bool = False
+    coordinatewise: bool = False
 
 
 class ServerState(NamedTuple):

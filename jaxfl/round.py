@@ -1,6 +1,7 @@
 """The round: an algorithm, a channel and an aggregator composed over a cohort."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,16 +38,41 @@ AXIS = "clients"
 NOBODY = jnp.iinfo(jnp.int32).max
 
 
-def client_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+def client_mesh(devices: Sequence[Any] | None = None, *, model: int = 1) -> Mesh:
     """A mesh that spreads clients over devices, all of them by default.
 
     On a CPU, `jax.config.update("jax_num_cpu_devices", cores)` before JAX is used
     makes each core a device, the fastest way to run many small clients there.
+
+    For a client that is larger than a device, `model` devices together hold and train
+    each one. How its parameters are split over them is said by the shardings of the
+    `params` given to `simulate`; XLA splits the rest to match, so such rounds want a
+    `jit` round them.
+
+    Args:
+      devices: the devices.
+      model: how many of them make up one client's.
+
+    Returns:
+      A mesh with the axis `"clients"`, and the axis `"model"` if there is a use for it.
+
+    Raises:
+      ValueError: if model is not positive or does not divide the devices.
+
+    >>> from jax.sharding import NamedSharding
+    >>> mesh = client_mesh(jax.devices()[:4], model=2)
+    >>> mesh.shape
+    OrderedDict({'clients': 2, 'model': 2})
+    >>> kernel = jax.device_put(jnp.ones((8, 6)), NamedSharding(mesh, P(None, "model")))
+    >>> kernel.addressable_shards[0].data.shape
+    (8, 3)
     """
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh(
-        (len(devices),), (AXIS,), (jax.sharding.AxisType.Auto,), devices=devices
-    )
+    if model < 1 or len(devices) % model:
+        raise ValueError(f"model must divide the {len(devices)} devices, got {model}.")
+    axes = {AXIS: len(devices) // model} | ({"model": model} if model > 1 else {})
+    auto = (jax.sharding.AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), auto, devices=devices)
 
 
 def map_clients(
@@ -73,7 +99,7 @@ def map_clients(
       xs: pytree of `[K, ...]` arrays.
       chunk_size: clients vmapped at once, on each device; None for all, 1 for one
         after another. It must divide K / devices.
-      mesh: a one-dimensional mesh over `"clients"`, see `client_mesh`.
+      mesh: devices to spread the clients over, see `client_mesh`.
 
     Returns:
       The sum, without the client axis, and the stack `[K, ...]`.
@@ -109,16 +135,26 @@ def map_clients(
         summed, stacked = _map_chunks(fn, shared, xs, chunk)
         return jax.lax.psum(summed, AXIS), stacked
 
+    spread = _per_device(on_device, mesh, (P(), P(AXIS)), (P(), P(AXIS)))
+    summed, stacked = spread(shared, xs)
+    return _settle(summed, one), stacked
+
+
+def _per_device(fn: Callable, mesh: Mesh, in_specs: PyTree, out_specs: PyTree):
+    """`fn` on each of the devices over which clients are spread, as `jax.shard_map`.
+
+    The axes of the mesh other than that of the clients are left to the compiler.
+    """
     # Without check_vma=False a gradient with respect to `shared` would be summed over
     # devices, and a client's own loop, begun from zeros, would be refused under a mesh.
-    summed, stacked = jax.shard_map(
-        on_device,
+    return jax.shard_map(
+        fn,
         mesh=mesh,
-        in_specs=(P(), P(AXIS)),
-        out_specs=(P(), P(AXIS)),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={AXIS},
         check_vma=False,
-    )(shared, xs)
-    return _settle(summed, one), stacked
+    )
 
 
 def _map_chunks(fn, shared, xs, chunk: int):
@@ -243,9 +279,9 @@ def federate(
         )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
-    if mesh is not None and tuple(mesh.axis_names) != (AXIS,):
+    if mesh is not None and AXIS not in mesh.axis_names:
         raise ValueError(
-            f"mesh must have the one axis {AXIS!r}, got {mesh.axis_names}: "
+            f"mesh must have an axis {AXIS!r}, got {mesh.axis_names}: "
             "see jaxfl.client_mesh."
         )
 
@@ -326,29 +362,32 @@ def federate(
 
         roster = jnp.asarray(cohort.client, jnp.int32)
         ctx = server_context(server_key, state.round, roster, cohort.alive, population)
-        cohort = _pad(cohort, chunk_size, mesh)
-        cohort, place = _longest_first(cohort, chunk_size, mesh)
+        padded = _pad(cohort, chunk_size, mesh)
+        padded, place = _longest_first(padded, chunk_size, mesh)
+        place = slice(k) if place is None else place[:k]
         aggregate_key, decode_key, step_key = jax.random.split(ctx.key, 3)
         broadcast = algorithm.broadcast(server.algorithm)
-        examples, rows = _separate(cohort.data)
-        own = jax.tree.map(
-            lambda x: x.at[cohort.client].get(mode="clip"), state.clients
-        )
+        examples, rows = _separate(padded.data)
+        own = _read(state.clients, padded.client, mesh)
 
         (reports, summed), stacked = map_clients(
             at_client,
             (ctx, client_key, broadcast, server.channel, examples),
-            (cohort.client, own, rows, cohort.weight, cohort.alive),
-            chunk_size=_chunk(cohort, chunk_size, mesh),
+            (padded.client, own, rows, padded.weight, padded.alive),
+            chunk_size=_chunk(padded, chunk_size, mesh),
             mesh=mesh,
         )
-        place = slice(k) if place is None else place[:k]
-        cohort, stacked = jax.tree.map(
-            lambda x: x[place], (cohort._replace(data=()), stacked)
+        payloads, own, *stacked = stacked
+        sent, rejected, bits_up, metrics, each = jax.tree.map(
+            lambda x: x[place], stacked
         )
-        payloads, own, sent, rejected, bits_up, metrics, each = stacked
 
-        payload, delivered, aggregator_state = aggregator.apply(
+        apply = aggregator.apply
+        if mesh is not None and aggregator.coordinatewise:
+            apply = _by_coordinates(apply, mesh, place)
+        else:
+            payloads = jax.tree.map(lambda x: x[place], payloads)
+        payload, delivered, aggregator_state = apply(
             ctx._replace(key=aggregate_key),
             summed if aggregator.linear else payloads,
             sent,
@@ -376,27 +415,25 @@ def federate(
         stepped = _same(server.algorithm, stepped, "algorithm.server")
         stepped = optax.tree.where(jnp.any(delivered), stepped, server.algorithm)
         given = jax.vmap(algorithm.receive, (None, 0, 0))(
-            stepped, own.algorithm, delivered
+            stepped,
+            own.algorithm,
+            jnp.zeros_like(padded.alive).at[place].set(delivered),
         )
         given = _same(own.algorithm, given, "algorithm.receive")
         own = own._replace(
-            algorithm=tree.where_rows(cohort.alive, given, own.algorithm)
+            algorithm=tree.where_rows(padded.alive, given, own.algorithm)
         )
 
         new = State(
             state.round + 1,
             population,
             ServerState(stepped, channel_server, aggregator_state),
-            jax.tree.map(
-                lambda all, mine: all.at[cohort.client].set(mine, mode="drop"),
-                state.clients,
-                own,
-            ),
+            _write(state.clients, padded.client, own, mesh),
         )
-        bits_down = jnp.where(cohort.alive, jnp.float32(tree.num_bits(broadcast)), 0.0)
+        bits_down = jnp.where(ctx.alive, jnp.float32(tree.num_bits(broadcast)), 0.0)
         info = Info(
-            client=cohort.client,
-            alive=cohort.alive,
+            client=roster,
+            alive=ctx.alive,
             sent=sent,
             delivered=delivered,
             rejected=rejected,
@@ -426,6 +463,106 @@ def message_shapes(
         return broadcast, algorithm.client(ctx, broadcast, client_state, one)[0]
 
     return jax.eval_shape(messages, server_state, client_state, data)
+
+
+def _by_coordinates(apply: Callable, mesh: Mesh, place: jax.Array | slice) -> Callable:
+    """A coordinatewise `apply` whose work is spread over devices by coordinates.
+
+    `place` says which rows of the stack are those of the cohort.
+
+    An all-to-all gives each device its share of the coordinates, of all clients, and
+    what it makes of them is gathered: none ever holds the stack `[K, ...]`.
+    """
+    devices = mesh.shape[AXIS]
+
+    def on_device(ctx, payloads, sent, state):
+        def share(x):  # [K / devices, ...] -> [K, coordinates / devices]
+            x = x.reshape(x.shape[0], -1)
+            x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % devices)))
+            x = jax.lax.all_to_all(x, AXIS, 1, 0, tiled=True)
+            return x[place]
+
+        def whole(x, like):
+            x = jax.lax.all_gather(x, AXIS, tiled=True)
+            return x[: math.prod(like.shape[1:])].reshape(like.shape[1:])
+
+        payload, delivered, state = apply(
+            ctx, jax.tree.map(share, payloads), sent, state
+        )
+        return jax.tree.map(whole, payload, payloads), delivered, state
+
+    return _per_device(on_device, mesh, (P(), P(AXIS), P(), P()), P())
+
+
+def are_spread(states: PyTree, mesh: Mesh) -> bool:
+    """Whether clients' states `[N, ...]` are spread over a mesh: it divides N."""
+    lengths = {x.shape[0] % mesh.shape[AXIS] for x in jax.tree.leaves(states)}
+    return lengths == {0}
+
+
+def _read(states: PyTree, client: jax.Array, mesh: Mesh | None) -> PyTree:
+    """The states `[K, ...]` of these clients; of nobody, anyone's."""
+
+    def rows_at(states, place):
+        return jax.tree.map(lambda x: x.at[place].get(mode="clip"), states)
+
+    if mesh is None or not are_spread(states, mesh):
+        return rows_at(states, client)
+
+    def on_device(states, client):
+        def visit(_, carry):
+            client, rows = carry
+            here, place = _held_here(states, client)
+            rows = tree.where_rows(here, rows_at(states, place), rows)
+            return _pass_on((client, rows), mesh)
+
+        carry = client, rows_at(states, client)  # anyone's, until it comes home
+        return jax.lax.fori_loop(0, mesh.shape[AXIS], visit, carry)[1]
+
+    return _per_device(on_device, mesh, P(AXIS), P(AXIS))(states, client)
+
+
+def _write(
+    states: PyTree, client: jax.Array, rows: PyTree, mesh: Mesh | None
+) -> PyTree:
+    """The states `[N, ...]` with these clients' replaced; nobody's are dropped."""
+
+    def replaced(states, place, rows):
+        return jax.tree.map(
+            lambda x, new: x.at[place].set(new, mode="drop"), states, rows
+        )
+
+    if mesh is None or not are_spread(states, mesh):
+        return replaced(states, client, rows)
+
+    def on_device(states, client, rows):
+        def visit(_, carry):
+            states, client, rows = carry
+            here, place = _held_here(states, client)
+            states = replaced(states, jnp.where(here, place, NOBODY), rows)
+            return states, *_pass_on((client, rows), mesh)
+
+        carry = states, client, rows
+        return jax.lax.fori_loop(0, mesh.shape[AXIS], visit, carry)[0]
+
+    return _per_device(on_device, mesh, P(AXIS), P(AXIS))(states, client, rows)
+
+
+def _held_here(states: PyTree, client: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which of these clients have their states on this device, and in which row."""
+    n = jax.tree.leaves(states)[0].shape[0]
+    place = client - n * jax.lax.axis_index(AXIS)
+    return (place >= 0) & (place < n), place
+
+
+def _pass_on(rows: PyTree, mesh: Mesh) -> PyTree:
+    """Rows `[K / devices, ...]` on their way round the ring of devices.
+
+    All of them in turn meet every device, and none ever holds `[K, ...]`.
+    """
+    devices = mesh.shape[AXIS]
+    ring = [(i, (i + 1) % devices) for i in range(devices)]
+    return jax.lax.ppermute(rows, AXIS, ring)
 
 
 def population_size(data: Data) -> int:

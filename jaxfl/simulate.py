@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxfl.core import Cohort, Data, Federation, Info, Params, State
 from jaxfl.data.federated import ClientData
 from jaxfl.history import History, concatenate
-from jaxfl.round import population_size, select_clients
+from jaxfl.round import AXIS, are_spread, population_size, select_clients
 
 PyTree = Any
 Evaluate = Callable[[State], dict[str, jax.Array]]
@@ -143,11 +144,16 @@ def scan_rounds(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("federation", "rounds", "cohort_size"),
+    static_argnames=("federation", "rounds", "cohort_size", "layout"),
     donate_argnames="state",
 )
-def _segment(federation, state, data, weight, evaluate, key, *, rounds, cohort_size):
-    """The compiled unit of `simulate`: some rounds, then an evaluation."""
+def _segment(
+    federation, state, data, weight, evaluate, key, *, rounds, cohort_size, layout
+):
+    """The compiled unit of `simulate`: some rounds, then an evaluation.
+
+    `layout` has the shardings of the state's leaves, or is None without a mesh.
+    """
     state, (info, evaluations) = scan_rounds(
         federation,
         state,
@@ -159,12 +165,15 @@ def _segment(federation, state, data, weight, evaluate, key, *, rounds, cohort_s
         evaluate=evaluate,
         every=rounds,
     )
-    out = state, History(info, evaluations, state.round[None])
-    if federation.mesh is None:
-        return out
-    # Every process reads all of it, and the next call finds what this one found.
+    history = History(info, evaluations, state.round[None])
+    if layout is None:
+        return state, history
+    # The next call finds what this one found, and every process reads all history.
+    layout = jax.tree.unflatten(jax.tree.structure(state), layout)
     everywhere = NamedSharding(federation.mesh, P())
-    return jax.lax.with_sharding_constraint(out, everywhere)
+    return jax.lax.with_sharding_constraint(
+        (state, history), (layout, jax.tree.map(lambda _: everywhere, history))
+    )
 
 
 def simulate(
@@ -190,7 +199,8 @@ def simulate(
     The run is a function of its arguments: the same key gives the same run.
 
     The first Ctrl-C ends it after the segment in flight, and what was done is saved
-    and returned, with a warning; a second one interrupts at once.
+    and returned, with a warning; a second one interrupts at once. Of several processes
+    any may be the one that ends it, for all; it takes them two segments more.
 
     Args:
       federation: the composed round, see `federate`.
@@ -246,9 +256,11 @@ def simulate(
     params, data, weight, key, evaluate = _place(
         (params, data, weight, key, evaluate), federation
     )
+    layout = _layout(federation, params, data)
     # A copy, as the state is donated and must not share buffers with `params`.
-    state = jax.tree.map(jnp.copy, jax.jit(federation.init)(params, data))
-    state = _place(state, federation)
+    state = jax.tree.map(
+        jnp.copy, jax.jit(federation.init, out_shardings=layout)(params, data)
+    )
 
     def segment(state, rounds):
         return _segment(
@@ -260,6 +272,7 @@ def simulate(
             key,
             rounds=rounds,
             cohort_size=None if cohort_size == n else cohort_size,
+            layout=layout and tuple(jax.tree.leaves(layout)),
         )
 
     with contextlib.ExitStack() as stack:
@@ -284,23 +297,24 @@ def simulate(
         done = int(state.round)
         if done > rounds:
             raise ValueError(f"rounds: {checkpoint} holds {done}, more than {rounds}.")
-        reached = _holds(until, pieces)
         interrupted = stack.enter_context(_interruptible())
         show = stack.enter_context(_progress_bar(progress, rounds, done))
+        agreed = _vote(federation.mesh)
+        stop = agreed(_holds(until, pieces) or interrupted(), now=True)
 
         def read(all_but: int):
             while len(unread) > all_but:
                 pieces.append(jax.device_get(unread.pop(0)))
                 show(pieces[-1])
 
-        while done < rounds and not (reached or interrupted()):
+        while done < rounds and not stop:
             length = min(every - done % every, rounds - done)
             state, piece = segment(state, length)
             done += length
             save = folder is not None and done % checkpoint_every == 0
             unread.append(piece)
             read(all_but=0 if save or until else 1)
-            reached = _holds(until, pieces)
+            stop = agreed(_holds(until, pieces) or interrupted(), now=bool(until))
             if folder and save:
                 folder.save(state, pieces)
         read(all_but=0)
@@ -308,7 +322,7 @@ def simulate(
             folder.save(state, pieces)
     if not pieces:
         raise KeyboardInterrupt
-    if done < rounds and not reached:
+    if done < rounds and not _holds(until, pieces):
         warnings.warn(f"interrupted after {done} of {rounds} rounds", stacklevel=2)
     return state, concatenate(pieces)
 
@@ -324,9 +338,33 @@ def _holds(until: Callable | None, pieces: list[History]) -> bool:
 def _digest(tree: PyTree) -> str:
     """A fingerprint of the numbers in a tree."""
     digest = hashlib.sha256()
-    for x in jax.tree.leaves(jax.device_get(tree)):
+    for x in jax.tree.leaves(tree):
+        if not (x.is_fully_addressable or x.is_fully_replicated):
+            x = multihost_utils.process_allgather(x, tiled=True)
         digest.update(np.asarray(x).tobytes())
     return digest.hexdigest()
+
+
+def _vote(mesh: Mesh | None) -> Callable[..., bool]:
+    """`(flag, now) -> bool`: whether any of the processes of a mesh raised its flag.
+
+    Unless they must know now, they go by what was said at the call before: it has
+    arrived, and nobody waits for the segment in flight.
+    """
+    if mesh is None or len({d.process_index for d in mesh.devices.flat}) == 1:
+        return lambda flag, now: flag
+    said = jnp.array(False)
+
+    def vote(flag, now):
+        nonlocal said
+        mine = np.full(len(mesh.local_devices), flag)
+        flags = jax.make_array_from_process_local_data(
+            NamedSharding(mesh, P(mesh.axis_names)), mine
+        )
+        before, said = said, jnp.any(flags)
+        return bool(said if now else before)
+
+    return vote
 
 
 def _check_arguments(n, rounds, key, cohort_size, weight, every, checkpoint_every):
@@ -355,12 +393,17 @@ def _check_arguments(n, rounds, key, cohort_size, weight, every, checkpoint_ever
 
 
 def _place(tree: PyTree, federation: Federation) -> PyTree:
-    """The tree on the device, or on every device of the federation's mesh."""
+    """The tree on the device, or on every device of the federation's mesh.
+
+    What lies on this mesh already stays as it is.
+    """
     if federation.mesh is None:
         return jax.tree.map(jnp.asarray, tree)
     everywhere = NamedSharding(federation.mesh, P())
 
     def put(x):
+        if getattr(getattr(x, "sharding", None), "mesh", None) == federation.mesh:
+            return x
         if not jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
             return jax.device_put(x, everywhere)
         # device_put refuses keys where the mesh spans several processes.
@@ -368,6 +411,40 @@ def _place(tree: PyTree, federation: Federation) -> PyTree:
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
 
     return jax.tree.map(put, tree)
+
+
+def _layout(federation: Federation, params: Params, data: Data) -> State | None:
+    """The sharding of each leaf of a state; None without a mesh.
+
+    The clients' states are spread over the clients' devices, if these divide N, and
+    what has the name and shape of a parameter (a momentum, a client's own model) is
+    split as that is. All else is on every device.
+    """
+    mesh = federation.mesh
+    if mesh is None:
+        return None
+    named = dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def spec(path, shape):
+        for i in range(len(path) + 1):
+            like = named.get(path[i:])
+            if like is not None and like.shape == shape:
+                return like.sharding.spec
+        return P()
+
+    def at_server(path, x):
+        return NamedSharding(mesh, spec(path, x.shape))
+
+    state = jax.eval_shape(federation.init, params, data)
+    over = AXIS if are_spread(state.clients, mesh) else None
+
+    def at_clients(path, x):
+        return NamedSharding(mesh, P(over, *spec(path, x.shape[1:])))
+
+    layout = jax.tree_util.tree_map_with_path(at_server, state)
+    return layout._replace(
+        clients=jax.tree_util.tree_map_with_path(at_clients, state.clients)
+    )
 
 
 @contextlib.contextmanager

@@ -16,16 +16,13 @@ import jaxfl
 from jaxfl import Aggregator, chain, mean
 
 
-def stacked_median():
-    """A robust aggregator, to hold the laws on the path that stacks messages."""
+def counted_median():
+    """A robust aggregator with a state, on the path that needs the whole stack."""
+    median = jaxfl.median()
 
     def apply(ctx, payload, sent, state):
-        def leaf(x):
-            return jnp.nanmedian(
-                jnp.where(sent.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan), 0
-            ).astype(x.dtype)
-
-        return jax.tree.map(leaf, payload), sent, state + jnp.sum(sent)
+        payload, delivered, () = median.apply(ctx, payload, sent, ())
+        return payload, delivered, state + jnp.sum(sent)
 
     return Aggregator(lambda payload: jnp.int32(0), apply)
 
@@ -106,7 +103,8 @@ PARTS = {
     "random": lambda h: (descent(0.1 * h), chain(dithered(), mean()), jaxfl.total()),
     # aggregators
     "total": lambda h: (descent(0.1 * h), jaxfl.clip(h), jaxfl.total()),
-    "median": lambda h: (descent(0.1 * h), jaxfl.clip(h), stacked_median()),
+    "median": lambda h: (descent(0.1 * h), jaxfl.clip(h), jaxfl.median()),
+    "counted median": lambda h: (descent(0.1 * h), jaxfl.clip(h), counted_median()),
 }
 
 PLANS = {
@@ -206,6 +204,21 @@ def test_chain_is_associative(name):
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_plan_does_not_matter(name, plan):
     assert_close(run(build(name, plan=plan)), plainly(name))
+
+
+def client_state(name):
+    data = toy.data()
+    state = jax.eval_shape(lambda: build(name).init(toy.params(), data))
+    return jax.tree.leaves(state.clients)
+
+
+@pytest.mark.parametrize("name", [p for p in PARTS if client_state(p)])
+def test_spread_states_do_not_matter(name):
+    """Clients' states are spread over devices that divide N, as none do above."""
+    data = toy.data((*toy.SIZES, 1))
+    cohort = toy.cohort(data, [5, 0, 7, 6, 2])
+    want = run(build(name), cohort, data=data)
+    assert_close(run(build(name, plan=(1, 4)), cohort, data=data), want)
 
 
 @every_part
