@@ -1,5 +1,7 @@
 """Whole runs: sampling, histories, checkpoints, interruptions."""
 
+import concurrent.futures
+import gc
 import os
 import signal
 import subprocess
@@ -16,6 +18,7 @@ import scipy.stats
 import toy
 
 import jaxfl
+from jaxfl.checkpoint import digest
 from jaxfl.simulate import _segment, sample_cohort, scan_rounds
 
 FEDERATION = jaxfl.federate(
@@ -123,6 +126,36 @@ def test_the_second_run_compiles_nothing():
     assert compiled() == before > 0
     run(4, every=4)
     assert compiled() == before + 1
+
+
+def host_owned(x):
+    """Whether NumPy itself holds the memory, and not a buffer of the device."""
+    while isinstance(x, np.ndarray) and x.base is not None:
+        x = x.base
+    return isinstance(x, np.ndarray)
+
+
+def test_nothing_grows_but_the_history():
+    live, programs = [], []
+
+    def until(metrics):
+        arrays = jax.live_arrays()
+        live.append((len(arrays), sum(x.nbytes for x in arrays)))
+        programs.append(compiled())
+        assert host_owned(metrics["w"])
+        return False
+
+    run(200, until=until)
+    assert live[9] == live[199] and programs[9] == programs[199]
+
+
+def test_checkpoints_leave_no_arrays(tmp_path):
+    run(1)
+    gc.collect()
+    before = len(jax.live_arrays())
+    run(20, checkpoint=tmp_path, checkpoint_every=1)
+    gc.collect()
+    assert len(jax.live_arrays()) == before
 
 
 def test_the_users_arrays_stay():
@@ -327,6 +360,45 @@ def test_other_params_or_fewer_rounds_are_not_gone_on_with(tmp_path):
         )
 
 
+@pytest.mark.parametrize("other", ["examples", "partition", "more"])
+def test_other_data_are_not_gone_on_with(tmp_path, other):
+    x, y, ids = toy.examples()
+
+    def go_on(x, y, ids):
+        data = jaxfl.from_arrays(x, y, ids)
+        key = jax.random.key(0)
+        options = {"progress": False, "checkpoint": tmp_path}
+        jaxfl.simulate(FEDERATION, toy.params(), data, rounds=1, key=key, **options)
+
+    go_on(x, y, ids)
+    go_on(x.copy(), y, ids)
+    if other == "examples":
+        x = x + 1
+    elif other == "partition":
+        ids = ids[::-1]
+    else:
+        x, y = np.concatenate([x, x]), np.concatenate([y, y])
+        ids = np.concatenate([ids, ids])
+    with pytest.raises(ValueError, match="checkpoint: .*data"):
+        go_on(x, y, ids)
+
+
+def test_the_digest_of_much_data_reads_a_little(tmp_path):
+    """A tenth of a GB, of which the file has nothing: it is sparse."""
+    x = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.uint8, (100_000, 1000))
+    read = []
+
+    class Counted(np.memmap):
+        def __getitem__(self, index):
+            read.append(super().__getitem__(index).nbytes)
+            return super().__getitem__(index)
+
+    zeros = digest(x.view(Counted), most=2**20)
+    assert 2**19 < sum(read) < 2**21
+    x[0] = 1
+    assert digest(x, most=2**20) != zeros
+
+
 def test_another_federation_is_not_gone_on_with(tmp_path):
     run(2, checkpoint=tmp_path)
     other = jaxfl.federate(jaxfl.fedavg(toy.loss, optax.sgd(0.1)), jaxfl.mean())
@@ -353,49 +425,88 @@ def wait_for_checkpoint(folder, step, process=None):
 ROUNDS = 400
 
 
-def slow_run(folder):
-    """For the subprocess below: it would take a minute more than until its death."""
-    pause = lambda metrics: time.sleep(0.15)  # noqa: E731
-    run(ROUNDS, every=4, checkpoint=folder, checkpoint_every=4, until=pause)
+def killed_run(folder):
+    """For the subprocess below, which saves all the time and never gets to the end."""
+    run(ROUNDS, checkpoint=folder, checkpoint_every=1)
 
 
-def test_kill_9_and_resume(tmp_path):
+def test_kill_9_at_random_moments_and_resume(tmp_path):
     here = Path(__file__).parent
-    code = f"import conftest, test_simulate as t; t.slow_run({str(tmp_path)!r})"
+    code = f"import conftest, test_simulate as t; t.killed_run({str(tmp_path)!r})"
     paths = os.pathsep.join([str(here), str(here.parent)])
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}
-    )
-    try:
-        wait_for_checkpoint(tmp_path, 8, process)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
-    assert 8 <= checkpoints(tmp_path)[-1] < ROUNDS
-    resumed = run(ROUNDS, every=4, checkpoint=tmp_path, checkpoint_every=200)
-    assert_same_run(resumed, run(ROUNDS, every=4))
+    rng = np.random.default_rng(0)
+    done = 0
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}
+        )
+        try:
+            wait_for_checkpoint(tmp_path, done + 1, process)
+            time.sleep(rng.uniform(0, 0.2))
+        finally:
+            process.kill()
+            process.wait()
+        assert process.returncode == -signal.SIGKILL
+        done = checkpoints(tmp_path)[-1]
+    assert 3 <= done < ROUNDS
+    resumed = run(ROUNDS, checkpoint=tmp_path, checkpoint_every=200)
+    assert_same_run(resumed, run(ROUNDS))
+    left = [p.name for p in (tmp_path / "state").iterdir() if not p.name.isdigit()]
+    assert not left, "what a killed process was writing"
 
 
-def ctrl_c():
-    os.kill(os.getpid(), signal.SIGINT)
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
 
-def test_ctrl_c_keeps_what_was_done(tmp_path):
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.warns(UserWarning, match="interrupted after 3 of 8 rounds"):
-        state, history = run(8, checkpoint=tmp_path, until=stop_after(3, ctrl_c))
-    assert signal.getsignal(signal.SIGINT) is before
+@pytest.fixture
+def handlers():
+    """Both signals raise, so that none ends the tests; a run puts that back."""
+
+    def handler(number, frame):
+        raise Killed(signal.Signals(number).name)
+
+    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    after = {n: signal.signal(n, old) for n, old in before.items()}
+    assert after == dict.fromkeys(before, handler)
+
+
+@SIGNALS
+def test_a_signal_keeps_what_was_done(tmp_path, handlers, number):
+    with pytest.warns(UserWarning, match=f"after 3 of 8 rounds by {number.name}"):
+        until = stop_after(3, lambda: signal.raise_signal(number))
+        state, history = run(8, checkpoint=tmp_path, until=until)
     assert_same_run((state, history), run(3))
     assert_same_run(run(8, checkpoint=tmp_path), run(8))
 
 
+@SIGNALS
+def test_a_second_signal_acts_as_it_would_have(handlers, number):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
+
+    with pytest.raises(Killed, match=number.name):
+        run(8, until=stop_after(3, twice))
+
+
 def test_ctrl_c_twice_interrupts_at_once():
     def twice():
-        ctrl_c()
-        ctrl_c()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run(8, until=stop_after(3, twice))
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_signals_are_left_alone_in_other_threads(handlers):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def until(metrics):
+        assert signal.getsignal(signal.SIGTERM) is before
+        return False
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert_same_run(pool.submit(run, 3, until=until).result(), run(3))
