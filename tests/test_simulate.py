@@ -60,6 +60,19 @@ def assert_same_run(got, want):
     np.testing.assert_array_equal(got[1].round, want[1].round)
 
 
+def start(code, **environment):
+    """A process that runs this code, with the tests and the package to import."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent)])
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 # --- histories ---------------------------------------------------------------
 
 
@@ -126,6 +139,34 @@ def test_the_second_run_compiles_nothing():
     assert compiled() == before > 0
     run(4, every=4)
     assert compiled() == before + 1
+
+
+def counted_run():
+    """For the subprocesses below: prints how many programs the cache had, and not."""
+    events = []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    run(1)
+    folder = "/jax/compilation_cache"
+    print(*(events.count(f"{folder}/cache_{what}") for what in ("hits", "misses")))
+
+
+def test_a_second_process_compiles_nothing(tmp_path):
+    """Whatever the order of its sets: a program is a function of what it computes."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    counts = []
+    for seed in "12":
+        code = "import test_simulate as t; t.counted_run()"
+        process = start(code, PYTHONHASHSEED=seed, **cache)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        counts.append([int(count) for count in out.split()])
+    (_, compiled), (found, missed) = counts
+    assert compiled > 0 and missed == 0 and found >= compiled
 
 
 def host_owned(x):
@@ -431,21 +472,17 @@ def killed_run(folder):
 
 
 def test_kill_9_at_random_moments_and_resume(tmp_path):
-    here = Path(__file__).parent
     code = f"import conftest, test_simulate as t; t.killed_run({str(tmp_path)!r})"
-    paths = os.pathsep.join([str(here), str(here.parent)])
     rng = np.random.default_rng(0)
     done = 0
     for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}
-        )
+        process = start(code)
         try:
             wait_for_checkpoint(tmp_path, done + 1, process)
             time.sleep(rng.uniform(0, 0.2))
         finally:
             process.kill()
-            process.wait()
+            process.communicate()
         assert process.returncode == -signal.SIGKILL
         done = checkpoints(tmp_path)[-1]
     assert 3 <= done < ROUNDS
