@@ -1,5 +1,6 @@
 """Checkpoints of a run: its state by orbax, and its history piece by piece."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxfl.core import State
 from jaxfl.history import concatenate
@@ -35,7 +37,11 @@ class Checkpoints:
         self._run = run
         self._pieces = 0  # of the history, saved so far
         self._manager = ocp.CheckpointManager(
-            self._path / "state", options=ocp.CheckpointManagerOptions(max_to_keep=2)
+            self._path / "state",
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=2,
+                cleanup_tmp_directories=True,  # what a killed process left
+            ),
         )
         self._history = self._path / "history"
         self._history.mkdir(parents=True, exist_ok=True)
@@ -96,15 +102,36 @@ class Checkpoints:
 
     def _forget_after(self, step: int) -> None:
         """Removes history whose state was never saved: its rounds are run again."""
-        for file in self._history.glob("*.npz"):
+        for file in self._history.glob("[0-9]*.*"):
             if jax.process_index() == 0 and int(file.stem) > step:
                 file.unlink()
 
-    def save(self, state: State, pieces: list[PyTree]) -> None:
-        """Saves a state and those pieces of history that are not yet saved."""
+    @staticmethod
+    def copy(state: State) -> State:
+        """A copy in the host's memory, begun and not waited for.
+
+        The state may be donated at once: who overwrites it waits for the copy.
+        """
+
+        def leaf(x):
+            host = x.sharding.with_memory_kind("pinned_host")
+            return jax.device_put(x, host, may_alias=False)
+
+        return jax.tree.map(leaf, _bare(state))
+
+    def save(self, copied: State, pieces: list[PyTree]) -> None:
+        """Saves a state and those pieces of history that are not yet saved.
+
+        It waits for the copy and for the state saved before, and not until this one is
+        written.
+
+        Args:
+          copied: what `copy` gave.
+          pieces: all of the history up to that state.
+        """
         if len(pieces) == self._pieces:
             return
-        step = int(state.round)
+        step = int(copied.round)
         piece = concatenate(pieces[self._pieces :])
         self._pieces = len(pieces)
         if jax.process_index() == 0:
@@ -112,18 +139,14 @@ class Checkpoints:
             partial = file.with_suffix(".partial")
             with open(partial, "wb") as out:
                 np.savez(out, **_named(piece))
+                out.flush()
+                os.fsync(out.fileno())  # a loss of power must not leave it empty
             os.replace(partial, file)
         ocp = self._ocp
-        # A copy: the state's own buffers are donated to the next segment. On the host
-        # if that sees all of it, else each process writes what it holds.
-        copy = jax.tree.map(
-            lambda x: np.array(x) if x.is_fully_addressable else jnp.copy(x),
-            _bare(state),
-        )
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(copy), run=ocp.args.JsonSave(self._run)
+                state=ocp.args.StandardSave(copied), run=ocp.args.JsonSave(self._run)
             ),
         )
 
@@ -131,6 +154,25 @@ class Checkpoints:
         """Waits until all is written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def digest(tree: PyTree, most: int | None = None) -> str:
+    """A fingerprint of arrays.
+
+    Args:
+      tree: pytree of arrays, of the host or of a device.
+      most: bytes to read of each array, in rows evenly spaced; None for all.
+    """
+    fingerprint = hashlib.sha256()
+    for x in jax.tree.leaves(_bare(tree)):
+        if isinstance(x, jax.Array) and not (
+            x.is_fully_addressable or x.is_fully_replicated
+        ):
+            x = multihost_utils.process_allgather(x, tiled=True)
+        rows = x if most is None else x[:: max(1, x.nbytes // most)]
+        fingerprint.update(f"{x.dtype}{x.shape}".encode())
+        fingerprint.update(np.asarray(rows).tobytes())
+    return fingerprint.hexdigest()
 
 
 def _named(tree: PyTree) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import numbers
 import os
 import signal
@@ -14,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -198,9 +196,14 @@ def simulate(
     host reads the one before, so that neither progress nor history slows the run.
     The run is a function of its arguments: the same key gives the same run.
 
-    The first Ctrl-C ends it after the segment in flight, and what was done is saved
-    and returned, with a warning; a second one interrupts at once. Of several processes
-    any may be the one that ends it, for all; it takes them two segments more.
+    The first Ctrl-C or SIGTERM, which is how schedulers preempt, ends it after the
+    segments in flight, at most two, and what was done is saved and returned, with a
+    warning; a second one acts as it would have. In other threads than the main one
+    signals are left alone. Of several processes any may be the one that ends it, for
+    all; it takes them two segments more.
+
+    A job that is started again need not compile again: JAX keeps compiled programs in
+    the folder that `jax.config.update("jax_compilation_cache_dir", ...)` names.
 
     Args:
       federation: the composed round, see `federate`.
@@ -216,10 +219,11 @@ def simulate(
       every: rounds in a segment.
       checkpoint: a folder. If it holds a run, this one goes on where that stopped, to
         the same bits. It must have been begun with the same arguments: the key, the
-        initial params, the weights, N, K and `every` are checked, the data and the
-        federation are taken on trust. `rounds` may grow.
+        initial params, the weights, N, K, `every` and a sample of the data are checked,
+        the federation is taken on trust. `rounds` may grow.
       checkpoint_every: rounds between checkpoints, a multiple of `every`; about twenty
-        checkpoints a run by default. The last round is always saved.
+        checkpoints a run by default. The last round is always saved. They are written
+        while the next segment runs.
       until: `{name: value} -> bool`, stops the run after the first evaluation for which
         it holds.
       progress: whether to show a progress bar.
@@ -253,6 +257,7 @@ def simulate(
     _check_arguments(n, rounds, key, cohort_size, weight, every, checkpoint_every)
     if evaluate is not None and not isinstance(evaluate, jax.tree_util.Partial):
         evaluate = jax.tree_util.Partial(evaluate)
+    given = data
     params, data, weight, key, evaluate = _place(
         (params, data, weight, key, evaluate), federation
     )
@@ -276,14 +281,15 @@ def simulate(
         )
 
     with contextlib.ExitStack() as stack:
-        pieces, unread, folder = [], [], None  # of history
+        pieces, unread, folder, copied = [], [], None, None
         if checkpoint is not None:
-            from jaxfl.checkpoint import Checkpoints
+            from jaxfl.checkpoint import Checkpoints, digest
 
             run = {
                 "key": jax.random.key_data(key).tolist(),
-                "params": _digest(params),
-                "weight": _digest(weight),
+                "params": digest(params),
+                "weight": digest(weight),
+                "data": digest(given, most=2**20),
                 "population": n,
                 "cohort_size": cohort_size,
                 "every": every,
@@ -302,28 +308,35 @@ def simulate(
         agreed = _vote(federation.mesh)
         stop = agreed(_holds(until, pieces) or interrupted(), now=True)
 
-        def read(all_but: int):
-            while len(unread) > all_but:
-                pieces.append(jax.device_get(unread.pop(0)))
-                show(pieces[-1])
+        def read():
+            while unread:
+                # A copy: what device_get gives may keep a buffer of the device alive.
+                piece = jax.tree.map(np.array, jax.device_get(unread.pop(0)))
+                pieces.append(piece)
+                show(piece)
 
         while done < rounds and not stop:
             length = min(every - done % every, rounds - done)
             state, piece = segment(state, length)
             done += length
+            # While it runs, what the segment before has left is read and saved.
+            read()
+            if folder and copied:
+                folder.save(copied, pieces)
             save = folder is not None and done % checkpoint_every == 0
+            copied = Checkpoints.copy(state) if save else None
             unread.append(piece)
-            read(all_but=0 if save or until else 1)
+            if until:
+                read()
             stop = agreed(_holds(until, pieces) or interrupted(), now=bool(until))
-            if folder and save:
-                folder.save(state, pieces)
-        read(all_but=0)
+        read()
         if folder:
-            folder.save(state, pieces)
+            folder.save(Checkpoints.copy(state), pieces)
     if not pieces:
         raise KeyboardInterrupt
     if done < rounds and not _holds(until, pieces):
-        warnings.warn(f"interrupted after {done} of {rounds} rounds", stacklevel=2)
+        by = f" by {interrupted()}" if interrupted() else ""
+        warnings.warn(f"interrupted after {done} of {rounds} rounds{by}", stacklevel=2)
     return state, concatenate(pieces)
 
 
@@ -335,16 +348,6 @@ def _holds(until: Callable | None, pieces: list[History]) -> bool:
     return bool(until(newest))
 
 
-def _digest(tree: PyTree) -> str:
-    """A fingerprint of the numbers in a tree."""
-    digest = hashlib.sha256()
-    for x in jax.tree.leaves(tree):
-        if not (x.is_fully_addressable or x.is_fully_replicated):
-            x = multihost_utils.process_allgather(x, tiled=True)
-        digest.update(np.asarray(x).tobytes())
-    return digest.hexdigest()
-
-
 def _vote(mesh: Mesh | None) -> Callable[..., bool]:
     """`(flag, now) -> bool`: whether any of the processes of a mesh raised its flag.
 
@@ -352,12 +355,12 @@ def _vote(mesh: Mesh | None) -> Callable[..., bool]:
     arrived, and nobody waits for the segment in flight.
     """
     if mesh is None or len({d.process_index for d in mesh.devices.flat}) == 1:
-        return lambda flag, now: flag
+        return lambda flag, now: bool(flag)
     said = jnp.array(False)
 
     def vote(flag, now):
         nonlocal said
-        mine = np.full(len(mesh.local_devices), flag)
+        mine = np.full(len(mesh.local_devices), bool(flag))
         flags = jax.make_array_from_process_local_data(
             NamedSharding(mesh, P(mesh.axis_names)), mine
         )
@@ -448,24 +451,33 @@ def _layout(federation: Federation, params: Params, data: Data) -> State | None:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a flag: a donated state must not be lost half-way."""
-    stop = threading.Event()
+def _interruptible() -> Iterator[Callable[[], str]]:
+    """Keeps the name of the first Ctrl-C or SIGTERM, and puts off what it would do.
+
+    A donated state must not be lost half-way.
+    """
+    received = []
     if threading.current_thread() is not threading.main_thread():
-        yield stop.is_set
+        yield lambda: ""
         return
 
-    def first(signum, frame):
-        stop.set()
-        signal.signal(signal.SIGINT, previous)
+    def restore():
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
-    # None stands for a handler that Python did not install and cannot put back.
-    previous = signal.getsignal(signal.SIGINT) or signal.default_int_handler
-    signal.signal(signal.SIGINT, first)
+    def first(number, frame):
+        received.append(signal.Signals(number).name)
+        restore()
+
+    # A handler of None was not installed by Python, which cannot put it back.
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    previous = {n: handler for n, handler in handlers.items() if handler is not None}
+    for number in previous:
+        signal.signal(number, first)
     try:
-        yield stop.is_set
+        yield lambda: "".join(received)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        restore()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Whole runs: sampling, histories, checkpoints, interruptions."""
 
+import concurrent.futures
+import gc
 import os
 import signal
 import subprocess
@@ -16,6 +18,7 @@ import scipy.stats
 import toy
 
 import jaxfl
+from jaxfl.checkpoint import digest
 from jaxfl.simulate import _segment, sample_cohort, scan_rounds
 
 FEDERATION = jaxfl.federate(
@@ -55,6 +58,19 @@ def assert_same_run(got, want):
     assert_same(got[1].clients, want[1].clients)
     assert_same(got[1].evaluations, want[1].evaluations)
     np.testing.assert_array_equal(got[1].round, want[1].round)
+
+
+def start(code, **environment):
+    """A process that runs this code, with the tests and the package to import."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent)])
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 # --- histories ---------------------------------------------------------------
@@ -123,6 +139,64 @@ def test_the_second_run_compiles_nothing():
     assert compiled() == before > 0
     run(4, every=4)
     assert compiled() == before + 1
+
+
+def counted_run():
+    """For the subprocesses below: prints how many programs the cache had, and not."""
+    events = []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    run(1)
+    folder = "/jax/compilation_cache"
+    print(*(events.count(f"{folder}/cache_{what}") for what in ("hits", "misses")))
+
+
+def test_a_second_process_compiles_nothing(tmp_path):
+    """Whatever the order of its sets: a program is a function of what it computes."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    counts = []
+    for seed in "12":
+        code = "import test_simulate as t; t.counted_run()"
+        process = start(code, PYTHONHASHSEED=seed, **cache)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        counts.append([int(count) for count in out.split()])
+    (_, compiled), (found, missed) = counts
+    assert compiled > 0 and missed == 0 and found >= compiled
+
+
+def host_owned(x):
+    """Whether NumPy itself holds the memory, and not a buffer of the device."""
+    while isinstance(x, np.ndarray) and x.base is not None:
+        x = x.base
+    return isinstance(x, np.ndarray)
+
+
+def test_nothing_grows_but_the_history():
+    live, programs = [], []
+
+    def until(metrics):
+        arrays = jax.live_arrays()
+        live.append((len(arrays), sum(x.nbytes for x in arrays)))
+        programs.append(compiled())
+        assert host_owned(metrics["w"])
+        return False
+
+    run(200, until=until)
+    assert live[9] == live[199] and programs[9] == programs[199]
+
+
+def test_checkpoints_leave_no_arrays(tmp_path):
+    run(1)
+    gc.collect()
+    before = len(jax.live_arrays())
+    run(20, checkpoint=tmp_path, checkpoint_every=1)
+    gc.collect()
+    assert len(jax.live_arrays()) == before
 
 
 def test_the_users_arrays_stay():
@@ -284,13 +358,17 @@ def test_a_run_that_died_between_checkpoints(tmp_path, spacing):
     assert_same_run(run(8, checkpoint=tmp_path), run(8))
 
 
-def test_history_of_a_state_that_was_never_saved_is_not_used(tmp_path):
-    """The process died after a piece of history, before the state that follows."""
+def test_what_a_killed_process_left_is_not_used(tmp_path):
+    """It died after a piece of history, before the state that follows."""
     run(4, checkpoint=tmp_path, checkpoint_every=2)
     folder = tmp_path / "history"
     orphan = (folder / f"{4:09d}.npz").read_bytes()
     (folder / f"{6:09d}.npz").write_bytes(orphan)
+    partial = folder / f"{7:09d}.partial", tmp_path / "state/7.orbax-checkpoint-tmp"
+    partial[0].touch()
+    partial[1].mkdir()
     run(8, checkpoint=tmp_path, checkpoint_every=4)
+    assert not any(p.exists() for p in partial)
     assert_same_run(run(8, checkpoint=tmp_path), run(8))
 
 
@@ -327,6 +405,62 @@ def test_other_params_or_fewer_rounds_are_not_gone_on_with(tmp_path):
         )
 
 
+def test_a_run_goes_on_over_other_devices(tmp_path):
+    """Its state comes back to the devices of the federation that goes on."""
+    algorithm = jaxfl.fedavg(toy.loss, optax.sgd(0.1), optax.adam(0.05), batch_size=2)
+    channel = jaxfl.chain(jaxfl.at_client(optax.trace(0.5)), jaxfl.mean())
+    want = run(6, jaxfl.federate(algorithm, channel))
+    for i, mesh in enumerate([None, jaxfl.client_mesh(), None], 1):
+        federation = jaxfl.federate(algorithm, channel, mesh=mesh)
+        got = run(2 * i, federation, checkpoint=tmp_path, checkpoint_every=1)
+        devices = {x.sharding.num_devices for x in jax.tree.leaves(got[0])}
+        assert devices == {1 if mesh is None else mesh.size}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+        (got[0], got[1]["w"]),
+        (want[0], want[1]["w"]),
+    )
+
+
+@pytest.mark.parametrize("other", ["examples", "partition", "more"])
+def test_other_data_are_not_gone_on_with(tmp_path, other):
+    x, y, ids = toy.examples()
+
+    def go_on(x, y, ids):
+        data = jaxfl.from_arrays(x, y, ids)
+        key = jax.random.key(0)
+        options = {"progress": False, "checkpoint": tmp_path}
+        jaxfl.simulate(FEDERATION, toy.params(), data, rounds=1, key=key, **options)
+
+    go_on(x, y, ids)
+    go_on(x.copy(), y, ids)
+    if other == "examples":
+        x = x + 1
+    elif other == "partition":
+        ids = ids[::-1]
+    else:
+        x, y = np.concatenate([x, x]), np.concatenate([y, y])
+        ids = np.concatenate([ids, ids])
+    with pytest.raises(ValueError, match="checkpoint: .*data"):
+        go_on(x, y, ids)
+
+
+def test_the_digest_of_much_data_reads_a_little(tmp_path):
+    """A tenth of a GB, of which the file has nothing: it is sparse."""
+    x = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.uint8, (100_000, 1000))
+    read = []
+
+    class Counted(np.memmap):
+        def __getitem__(self, index):
+            read.append(super().__getitem__(index).nbytes)
+            return super().__getitem__(index)
+
+    zeros = digest(x.view(Counted), most=2**20)
+    assert 2**19 < sum(read) < 2**21
+    x[0] = 1
+    assert digest(x, most=2**20) != zeros
+
+
 def test_another_federation_is_not_gone_on_with(tmp_path):
     run(2, checkpoint=tmp_path)
     other = jaxfl.federate(jaxfl.fedavg(toy.loss, optax.sgd(0.1)), jaxfl.mean())
@@ -353,49 +487,82 @@ def wait_for_checkpoint(folder, step, process=None):
 ROUNDS = 400
 
 
-def slow_run(folder):
-    """For the subprocess below: it would take a minute more than until its death."""
-    pause = lambda metrics: time.sleep(0.15)  # noqa: E731
-    run(ROUNDS, every=4, checkpoint=folder, checkpoint_every=4, until=pause)
+def killed_run(folder):
+    """For the subprocess below, which saves all the time and never gets to the end."""
+    run(ROUNDS, checkpoint=folder, checkpoint_every=1)
 
 
-def test_kill_9_and_resume(tmp_path):
-    here = Path(__file__).parent
-    code = f"import conftest, test_simulate as t; t.slow_run({str(tmp_path)!r})"
-    paths = os.pathsep.join([str(here), str(here.parent)])
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}
-    )
-    try:
-        wait_for_checkpoint(tmp_path, 8, process)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
-    assert 8 <= checkpoints(tmp_path)[-1] < ROUNDS
-    resumed = run(ROUNDS, every=4, checkpoint=tmp_path, checkpoint_every=200)
-    assert_same_run(resumed, run(ROUNDS, every=4))
+def test_kill_9_at_random_moments_and_resume(tmp_path):
+    code = f"import conftest, test_simulate as t; t.killed_run({str(tmp_path)!r})"
+    rng = np.random.default_rng(0)
+    done = 0
+    for _ in range(3):
+        process = start(code)
+        try:
+            wait_for_checkpoint(tmp_path, done + 1, process)
+            time.sleep(rng.uniform(0, 0.2))
+        finally:
+            process.kill()
+            process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        done = checkpoints(tmp_path)[-1]
+    assert 3 <= done < ROUNDS
+    resumed = run(ROUNDS, checkpoint=tmp_path, checkpoint_every=200)
+    assert_same_run(resumed, run(ROUNDS))
 
 
-def ctrl_c():
-    os.kill(os.getpid(), signal.SIGINT)
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
 
-def test_ctrl_c_keeps_what_was_done(tmp_path):
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.warns(UserWarning, match="interrupted after 3 of 8 rounds"):
-        state, history = run(8, checkpoint=tmp_path, until=stop_after(3, ctrl_c))
-    assert signal.getsignal(signal.SIGINT) is before
+@pytest.fixture
+def handlers():
+    """Both signals raise, so that none ends the tests; a run puts that back."""
+
+    def handler(number, frame):
+        raise Killed(signal.Signals(number).name)
+
+    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    after = {n: signal.signal(n, old) for n, old in before.items()}
+    assert after == dict.fromkeys(before, handler)
+
+
+@SIGNALS
+def test_a_signal_keeps_what_was_done(tmp_path, handlers, number):
+    with pytest.warns(UserWarning, match=f"after 3 of 8 rounds by {number.name}"):
+        until = stop_after(3, lambda: signal.raise_signal(number))
+        state, history = run(8, checkpoint=tmp_path, until=until)
     assert_same_run((state, history), run(3))
     assert_same_run(run(8, checkpoint=tmp_path), run(8))
 
 
+@SIGNALS
+def test_a_second_signal_acts_as_it_would_have(handlers, number):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
+
+    with pytest.raises(Killed, match=number.name):
+        run(8, until=stop_after(3, twice))
+
+
 def test_ctrl_c_twice_interrupts_at_once():
     def twice():
-        ctrl_c()
-        ctrl_c()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run(8, until=stop_after(3, twice))
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_signals_are_left_alone_in_other_threads(handlers):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def until(metrics):
+        assert signal.getsignal(signal.SIGTERM) is before
+        return False
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert_same_run(pool.submit(run, 3, until=until).result(), run(3))
