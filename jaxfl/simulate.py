@@ -59,13 +59,46 @@ def sample_cohort(
     if jnp.shape(weight) != (n,):
         raise ValueError(f"weight must have shape ({n},), got {jnp.shape(weight)}.")
     weight = jnp.asarray(weight, jnp.float32)
-    client = jnp.arange(n, dtype=jnp.int32)
     if size is None or size == n:
-        return Cohort(client, data, weight, jnp.ones(n, bool))
-    client = jax.random.choice(key, client, (size,), replace=False)
+        return Cohort(jnp.arange(n, dtype=jnp.int32), data, weight, jnp.ones(n, bool))
+    client = draw_clients(key, n, size)
     return Cohort(
         client, select_clients(data, client), weight[client], jnp.ones(size, bool)
     )
+
+
+def draw_clients(key: jax.Array, n: int, size: int) -> jax.Array:
+    """Ids of `size` of n clients, int32, uniform without replacement."""
+    if n < 10_000 or 8 * size > n:
+        everyone = jnp.arange(n, dtype=jnp.int32)
+        return jax.random.choice(key, everyone, (size,), replace=False)
+    return _draw_few(key, n, size)  # does not shuffle all n, as `choice` does
+
+
+def _draw_few(key: jax.Array, n: int, size: int) -> jax.Array:
+    """Draws with replacement, and again whoever was drawn before, until nobody was.
+
+    Only whether two ids are equal matters to it. It would hence do the same under any
+    renaming of the clients, so that all ordered cohorts are as likely.
+    """
+
+    def repeated(client):
+        order = jnp.argsort(client, stable=True)
+        ranked = client[order]
+        again = jnp.concatenate([jnp.zeros(1, bool), ranked[1:] == ranked[:-1]])
+        return jnp.zeros(size, bool).at[order].set(again)
+
+    def draw_again(carry):
+        key, client, again = carry
+        key, draw_key = jax.random.split(key)
+        drawn = jax.random.randint(draw_key, (size,), 0, n, jnp.int32)
+        client = jnp.where(again, drawn, client)
+        return key, client, repeated(client)
+
+    nobody = jnp.zeros(size, jnp.int32), jnp.ones(size, bool)
+    return jax.lax.while_loop(
+        lambda carry: jnp.any(carry[2]), draw_again, (key, *nobody)
+    )[1]
 
 
 def scan_rounds(
