@@ -31,6 +31,7 @@ from jaxfl.history import History
 from jaxfl.privacy import clip
 from jaxfl.round import client_mesh, federate, map_clients
 from jaxfl.simulate import sample_cohort, scan_rounds, simulate
+from jaxfl.stream import on_host
 
 __version__ = version("jaxfl")
 
@@ -74,6 +75,7 @@ __all__ = [
     "client_mesh",
     # the run
     "simulate",
+    "on_host",
     "scan_rounds",
     "sample_cohort",
     "History",

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxfl import tree
 from jaxfl.core import State
 from jaxfl.history import concatenate
+from jaxfl.stream import HostStates
 
 PyTree = Any
 
@@ -18,7 +20,8 @@ class Checkpoints:
 
     A piece of history is written before the state that follows it, each atomically,
     so that whatever moment the process dies at, the newest complete state finds all
-    the history before it.
+    the history before it. Likewise the states of clients that are on the host: a piece
+    has those written since the last, and all pieces in order give the newest of each.
 
     Args:
       path: the folder, made if missing.
@@ -37,7 +40,9 @@ class Checkpoints:
             self._path / "state", options=ocp.CheckpointManagerOptions(max_to_keep=2)
         )
         self._history = self._path / "history"
-        self._history.mkdir(parents=True, exist_ok=True)
+        self._clients = self._path / "clients"
+        for folder in (self._history, self._clients):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def restore(self, state: State, piece: PyTree) -> tuple[State, list[PyTree]]:
         """The newest state and the pieces of history before it.
@@ -66,41 +71,51 @@ class Checkpoints:
                     f"{saved_run.get(name)}, and this one has {value}."
                 )
         abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _bare(state)
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+            tree.without_keys(_on_device(state)),
         )
         try:
             saved = self._manager.restore(
                 newest,
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),
             )["state"]
-        except ValueError as error:
+            if isinstance(state.clients, HostStates):
+                for file in _until(newest, self._clients):
+                    with np.load(file) as named:
+                        ids = named["client"]
+                        rows = _unnamed(named, state.clients[ids[:0]])
+                        state.clients.restore(ids, rows)
+        except (KeyError, ValueError) as error:
             raise ValueError(
                 f"checkpoint: {self._path} holds the state of another federation."
             ) from error
         saved = jax.tree.map(
-            lambda new, old: _wrap(jax.device_put(new, _bare(old).sharding), old),
+            lambda new, old: jax.device_put(new, old.sharding),
             saved,
-            state,
+            tree.without_keys(_on_device(state)),
         )
+        saved = tree.with_keys(saved, _on_device(state))
+        if isinstance(state.clients, HostStates):
+            saved = saved._replace(clients=state.clients)
         pieces = []
-        for file in sorted(self._history.glob("*.npz")):
-            if int(file.stem) <= newest:
-                with np.load(file) as named:
-                    if set(named) != set(_named(piece)):
-                        raise ValueError(
-                            f"checkpoint: {self._path} holds a run with another "
-                            "evaluate, or other metrics."
-                        )
-                    pieces.append(_unnamed(named, piece))
+        for file in _until(newest, self._history):
+            with np.load(file) as named:
+                if set(named) != set(_named(piece)):
+                    raise ValueError(
+                        f"checkpoint: {self._path} holds a run with another "
+                        "evaluate, or other metrics."
+                    )
+                pieces.append(_unnamed(named, piece))
         self._pieces = len(pieces)
         self._forget_after(newest)
         return saved, pieces
 
     def _forget_after(self, step: int) -> None:
         """Removes history whose state was never saved: its rounds are run again."""
-        for file in self._history.glob("*.npz"):
-            if jax.process_index() == 0 and int(file.stem) > step:
-                file.unlink()
+        for folder in (self._history, self._clients):
+            for file in folder.glob("*.npz"):
+                if jax.process_index() == 0 and int(file.stem) > step:
+                    file.unlink()
 
     def save(self, state: State, pieces: list[PyTree]) -> None:
         """Saves a state and those pieces of history that are not yet saved."""
@@ -109,15 +124,15 @@ class Checkpoints:
         step = int(state.round)
         piece = concatenate(pieces[self._pieces :])
         self._pieces = len(pieces)
-        if jax.process_index() == 0:
-            file = self._history / f"{step:09d}.npz"
-            partial = file.with_suffix(".partial")
-            with open(partial, "wb") as out:
-                np.savez(out, **_named(piece))
-            os.replace(partial, file)
+        _write(self._history, step, _named(piece))
+        if isinstance(state.clients, HostStates):
+            ids, rows = state.clients.unsaved()
+            _write(self._clients, step, {"client": ids, **_named(rows)})
         ocp = self._ocp
         # A copy: the state's own buffers are donated to the next segment.
-        copy = jax.tree.map(lambda x: np.array(x, copy=True), _bare(state))
+        copy = jax.tree.map(
+            lambda x: np.array(x, copy=True), tree.without_keys(_on_device(state))
+        )
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -129,6 +144,27 @@ class Checkpoints:
         """Waits until all is written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _on_device(state: State) -> State:
+    """The state without what is on the host."""
+    on_host = isinstance(state.clients, HostStates)
+    return state._replace(clients=()) if on_host else state  # type: ignore[arg-type]
+
+
+def _until(step: int, folder: Path) -> list[Path]:
+    """The files of the steps up to this one, in order."""
+    return [f for f in sorted(folder.glob("*.npz")) if int(f.stem) <= step]
+
+
+def _write(folder: Path, step: int, named: dict[str, Any]) -> None:
+    """Writes a step's file, all of it or none."""
+    if jax.process_index() == 0:
+        file = folder / f"{step:09d}.npz"
+        partial = file.with_suffix(".partial")
+        with open(partial, "wb") as out:
+            np.savez(out, **named)
+        os.replace(partial, file)
 
 
 def _named(tree: PyTree) -> dict[str, Any]:
@@ -145,18 +181,3 @@ def _unnamed(named: Any, like: PyTree) -> PyTree:
         return x.view(like.dtype) if x.dtype.kind == "V" else x
 
     return jax.tree_util.tree_map_with_path(leaf, like)
-
-
-def _is_key(x) -> bool:
-    return jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _bare(tree: PyTree) -> PyTree:
-    """Random keys as the integers that they are made of."""
-    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
-
-
-def _wrap(saved, like):
-    if _is_key(like):
-        return jax.random.wrap_key_data(saved, impl=jax.random.key_impl(like))
-    return saved

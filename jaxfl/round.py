@@ -249,8 +249,9 @@ def federate(
             "see jaxfl.client_mesh."
         )
 
-    def init(params: Params, data: Data) -> State:
+    def init(params: Params, data: Data, clients: jax.Array | None = None) -> State:
         n = population_size(data)
+        ids = jnp.arange(n) if clients is None else jnp.asarray(clients)
         server, own = algorithm.init(params)
 
         def payload_of_one(server, own, data):
@@ -267,11 +268,11 @@ def federate(
         channel_server, channel_own = channel.init(payload)
 
         def stack(x):
-            rows = jnp.broadcast_to(x, (n, *x.shape))
-            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # each client its own
-                keys = rows.reshape(n, -1)
+            rows = jnp.broadcast_to(x, (len(ids), *x.shape))
+            if tree.is_key(x):  # each client its own
+                keys = rows.reshape(len(ids), -1)
                 fold = jax.vmap(jax.random.fold_in, (0, None))
-                rows = jax.vmap(fold)(keys, jnp.arange(n)).reshape(rows.shape)
+                rows = jax.vmap(fold)(keys, ids).reshape(rows.shape)
             return rows
 
         return State(
@@ -329,6 +330,8 @@ def federate(
         return to_sum, to_stack
 
     def round(key: jax.Array, state: State, cohort: Cohort) -> tuple[State, Info]:
+        if cohort.row is None:
+            cohort = cohort._replace(row=cohort.client)
         k = _check_cohort(cohort)
         server, population = state.server, state.population
         client_key, server_key = jax.random.split(jax.random.fold_in(key, state.round))
@@ -339,9 +342,7 @@ def federate(
         aggregate_key, decode_key, step_key = jax.random.split(ctx.key, 3)
         broadcast = algorithm.broadcast(server.algorithm)
         examples, rows = _separate(cohort.data)
-        own = jax.tree.map(
-            lambda x: x.at[cohort.client].get(mode="clip"), state.clients
-        )
+        own = jax.tree.map(lambda x: x.at[cohort.row].get(mode="clip"), state.clients)
 
         (reports, summed), stacked = map_clients(
             at_client,
@@ -395,7 +396,7 @@ def federate(
             population,
             ServerState(stepped, channel_server, aggregator_state),
             jax.tree.map(
-                lambda all, mine: all.at[cohort.client].set(mine, mode="drop"),
+                lambda all, mine: all.at[cohort.row].set(mine, mode="drop"),
                 state.clients,
                 own,
             ),
@@ -468,7 +469,7 @@ def _rejoin(shared: PyTree, rows: PyTree) -> Data:
 
 def _check_cohort(cohort: Cohort) -> int:
     k = population_size(cohort.data)
-    for name in ("client", "weight", "alive"):
+    for name in ("client", "weight", "alive", "row"):
         shape = jnp.shape(getattr(cohort, name))
         if shape != (k,):
             raise ValueError(
@@ -497,12 +498,15 @@ def _pad(cohort: Cohort, chunk_size: int | None, mesh: Mesh | None) -> Cohort:
     examples, rows = _separate(cohort.data)
     last = jnp.minimum(jnp.arange(k + extra), k - 1)
     real = jnp.arange(k + extra) < k
-    rows, client, weight, alive = jax.tree.map(
-        lambda x: jnp.asarray(x)[last],
-        (rows, cohort.client, cohort.weight, cohort.alive),
+    client, rows, weight, alive, row = jax.tree.map(
+        lambda x: jnp.asarray(x)[last], cohort._replace(data=rows)
     )
     return Cohort(
-        jnp.where(real, client, NOBODY), _rejoin(examples, rows), weight, alive & real
+        jnp.where(real, client, NOBODY),
+        _rejoin(examples, rows),
+        weight,
+        alive & real,
+        jnp.where(real, row, NOBODY),
     )
 
 

@@ -1,6 +1,7 @@
 """Whole runs: rounds as scans on the device, and the host's part between them."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import numbers
@@ -8,7 +9,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from jaxfl.core import Cohort, Data, Federation, Info, Params, State
 from jaxfl.data.federated import ClientData
 from jaxfl.history import History, concatenate
 from jaxfl.round import population_size, select_clients
+from jaxfl.stream import HostStates, OnHost, gather, placeholder, prefetch
 
 PyTree = Any
 Evaluate = Callable[[State], dict[str, jax.Array]]
@@ -192,6 +194,33 @@ def _segment(federation, state, data, weight, evaluate, key, *, rounds, cohort_s
         evaluate=evaluate,
         every=rounds,
     )
+    return _everywhere(federation, state, info, evaluations)
+
+
+@functools.partial(jax.jit, static_argnames="federation", donate_argnames="state")
+def _streamed_segment(federation, state, cohorts, evaluate, key):
+    """`_segment` over the cohorts `[R, K, ...]` that the host has drawn."""
+    run_key = jax.random.split(key)[1]
+    data = cohorts.data
+
+    def one_round(state, cohort):
+        start, size = cohort.data
+        own = dataclasses.replace(data, start=start, size=size)
+        return federation.round(run_key, state, cohort._replace(data=own))
+
+    def segment(state, _):
+        ranges = cohorts._replace(data=(data.start, data.size))
+        state, info = jax.lax.scan(one_round, state, ranges)
+        seen = state if cohorts.row is None else state._replace(clients=None)
+        return state, (info, {} if evaluate is None else evaluate(seen))
+
+    # Built as `scan_rounds` is, so that it is compiled to the same arithmetic.
+    state, (info, evaluations) = jax.lax.scan(segment, state, length=1)
+    info = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), info)
+    return _everywhere(federation, state, info, evaluations)
+
+
+def _everywhere(federation, state, info, evaluations):
     out = state, History(info, evaluations, state.round[None])
     if federation.mesh is None:
         return out
@@ -203,7 +232,7 @@ def _segment(federation, state, data, weight, evaluate, key, *, rounds, cohort_s
 def simulate(
     federation: Federation,
     params: Params,
-    data: Data,
+    data: Data | OnHost,
     *,
     rounds: int,
     key: jax.Array,
@@ -228,7 +257,8 @@ def simulate(
     Args:
       federation: the composed round, see `federate`.
       params: the initial model.
-      data: the population: a `ClientData`, or a pytree of `[N, ...]` arrays.
+      data: the population: a `ClientData`, or a pytree of `[N, ...]` arrays, which are
+        put on the device; or `on_host(...)`, of which the device sees cohorts only.
       rounds: how many rounds in all, those before a checkpoint included.
       key: random key, `jax.random.key(seed)`.
       cohort_size: K, clients drawn uniformly without replacement for each round; None
@@ -270,29 +300,22 @@ def simulate(
     >>> history.clients.metrics["loss"].shape  # every round, every client
     (4, 4)
     """
-    n = population_size(data)
+    n = population_size(data.data if isinstance(data, OnHost) else data)
     if until is not None and evaluate is None:
         raise ValueError("until needs evaluate: it judges what evaluate returned.")
     _check_arguments(n, rounds, key, cohort_size, weight, every, checkpoint_every)
     if evaluate is not None and not isinstance(evaluate, jax.tree_util.Partial):
         evaluate = jax.tree_util.Partial(evaluate)
-    params, data, weight, key, evaluate = _place(
-        (params, data, weight, key, evaluate), federation
-    )
-    # A copy, as the state is donated and must not share buffers with `params`.
-    state = jax.tree.map(jnp.copy, jax.jit(federation.init)(params, data))
-    state = _place(state, federation)
-
-    def segment(state, rounds):
-        return _segment(
-            federation,
-            state,
-            data,
-            weight,
-            evaluate,
-            key,
-            rounds=rounds,
-            cohort_size=None if cohort_size == n else cohort_size,
+    sample_key = jax.random.split(key)[0]  # on this process's own device
+    params, weight, key, evaluate = _place((params, weight, key, evaluate), federation)
+    size = None if cohort_size == n else cohort_size
+    if isinstance(data, OnHost):
+        state, feed, segment, piece_like = _from_host(
+            federation, params, data, weight, evaluate, key, sample_key, size
+        )
+    else:
+        state, feed, segment, piece_like = _from_device(
+            federation, params, data, weight, evaluate, key, size
         )
 
     with contextlib.ExitStack() as stack:
@@ -311,8 +334,7 @@ def simulate(
             folder = stack.enter_context(
                 contextlib.closing(Checkpoints(checkpoint, run))
             )
-            piece = jax.eval_shape(lambda s: segment(s, 1)[1], state)
-            state, pieces = folder.restore(state, piece)
+            state, pieces = folder.restore(state, piece_like())
         checkpoint_every = checkpoint_every or every * max(1, rounds // every // 20)
         done = int(state.round)
         if done > rounds:
@@ -320,6 +342,8 @@ def simulate(
         reached = _holds(until, pieces)
         interrupted = stack.enter_context(_interruptible())
         show = stack.enter_context(_progress_bar(progress, rounds, done))
+        spans = _spans(done, rounds, every)
+        fed = stack.enter_context(contextlib.closing(feed(spans)))
 
         def read(all_but: int):
             while len(unread) > all_but:
@@ -327,9 +351,8 @@ def simulate(
                 show(pieces[-1])
 
         while done < rounds and not (reached or interrupted()):
-            length = min(every - done % every, rounds - done)
-            state, piece = segment(state, length)
-            done += length
+            state, piece = segment(state, next(fed))
+            done += len(piece.clients.client)
             save = folder is not None and done % checkpoint_every == 0
             unread.append(piece)
             read(all_but=0 if save or until else 1)
@@ -344,6 +367,114 @@ def simulate(
     if done < rounds and not reached:
         warnings.warn(f"interrupted after {done} of {rounds} rounds", stacklevel=2)
     return state, concatenate(pieces)
+
+
+def _spans(done: int, rounds: int, every: int) -> Generator[tuple[int, int]]:
+    """The first round and the number of rounds of each segment to come."""
+    while done < rounds:
+        length = min(every - done % every, rounds - done)
+        yield done, length
+        done += length
+
+
+def _from_device(federation, params, data, weight, evaluate, key, size):
+    """What differs between runs: the first state; what each segment is fed, from the
+    spans of all; a segment, `(state, fed) -> (state, piece)`; what a piece is like.
+    """
+    data = _place(data, federation)
+    # A copy, as the state is donated and must not share buffers with `params`.
+    state = jax.tree.map(jnp.copy, jax.jit(federation.init)(params, data))
+    state = _place(state, federation)
+
+    def segment(state, span):
+        return _segment(
+            federation,
+            state,
+            data,
+            weight,
+            evaluate,
+            key,
+            rounds=span[1],
+            cohort_size=size,
+        )
+
+    def piece_like():
+        return jax.eval_shape(lambda state: segment(state, (0, 1))[1], state)
+
+    return state, lambda spans: spans, segment, piece_like
+
+
+def _from_host(federation, params, host, weight, evaluate, key, sample_key, size):
+    """The same for a population on the host, of which segments are fed cohorts."""
+    data, n = host.data, host.data.num_clients
+    weight = np.asarray(data.size if weight is None else weight, np.float32)
+    sample_key = jax.device_put(sample_key, _host_device())
+    seen = placeholder(data)
+    init = jax.jit(federation.init)
+    nobody = () if host.states is False else (np.zeros(1, np.int32),)
+    state = jax.tree.map(jnp.copy, init(params, seen, *nobody))
+    states = None
+    if host.states is not False and jax.tree.leaves(state.clients):
+        folder = None if host.states is True else host.states
+        states = HostStates(lambda ids: init(params, seen, ids).clients, n, folder)
+        state = state._replace(clients=())
+    state = _place(state, federation)._replace(clients=states or state.clients)
+
+    def cohorts(span):
+        first, rounds = span
+        if size is None:
+            client = np.tile(np.arange(n, dtype=np.int32), (rounds, 1))
+        else:
+            client = np.asarray(_draws(sample_key, first, rounds=rounds, n=n, k=size))
+        once = row = None
+        if states is not None:
+            once, row = np.unique(client, return_inverse=True)
+            row = row.reshape(client.shape).astype(np.int32)
+        alive = np.ones(client.shape, bool)
+        cohort = client, gather(data, client), weight[client], alive, row
+        return Cohort(*_place_anywhere(cohort, federation)), once
+
+    def lend(state, cohorts, once):
+        """The state with those clients' states of whom there are cohorts."""
+        if states is None:
+            return state
+        room = min(cohorts.client.size, n)  # the same for every segment
+        ids = np.pad(once, (0, room - len(once)), mode="edge")
+        return state._replace(clients=_place(states[ids], federation))
+
+    def segment(state, fed):
+        cohorts, once = fed
+        state = lend(state, cohorts, once)
+        state, piece = _streamed_segment(federation, state, cohorts, evaluate, key)
+        if states is not None:
+            states[once] = jax.tree.map(lambda x: x[: len(once)], state.clients)
+            state = state._replace(clients=states)
+        return state, piece
+
+    def piece_like():
+        one, once = cohorts((0, 1))
+        lent = lend(state, one, once)
+        return jax.eval_shape(
+            lambda state: _streamed_segment(federation, state, one, evaluate, key)[1],
+            lent,
+        )
+
+    return state, functools.partial(prefetch, cohorts), segment, piece_like
+
+
+@functools.partial(jax.jit, static_argnames=("rounds", "n", "k"))
+def _draws(key, first, *, rounds, n, k):
+    """The ids of the cohorts of these rounds, as `scan_rounds` draws them."""
+    each = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(rounds))
+    return jax.lax.map(lambda key: draw_clients(key, n, k), each)
+
+
+def _host_device() -> Any:
+    """A CPU, where draws do not wait for the rounds on an accelerator."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX was told to have none
+        return jax.local_devices()[0]
 
 
 def _holds(until: Callable | None, pieces: list[History]) -> bool:
@@ -401,6 +532,16 @@ def _place(tree: PyTree, federation: Federation) -> PyTree:
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
 
     return jax.tree.map(put, tree)
+
+
+def _place_anywhere(tree: PyTree, federation: Federation) -> PyTree:
+    """As `_place`, of NumPy arrays, in any thread: processes do not compare them."""
+    if federation.mesh is None:
+        return jax.tree.map(jnp.asarray, tree)
+    everywhere = NamedSharding(federation.mesh, P())
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, everywhere, x.__getitem__), tree
+    )
 
 
 @contextlib.contextmanager
