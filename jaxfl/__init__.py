@@ -33,6 +33,7 @@ from jaxfl.plan import cores_as_devices, dry_run, tune
 from jaxfl.privacy import clip
 from jaxfl.round import client_mesh, federate, map_clients
 from jaxfl.simulate import sample_cohort, scan_rounds, simulate
+from jaxfl.stream import on_host
 
 __version__ = version("jaxfl")
 
@@ -83,6 +84,7 @@ __all__ = [
     "plan",
     # the run
     "simulate",
+    "on_host",
     "scan_rounds",
     "sample_cohort",
     "History",

@@ -1,19 +1,34 @@
 """Checkpoints of a run: its state by orbax, and its history piece by piece."""
 
 import hashlib
+import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxfl import tree
 from jaxfl.core import State
 from jaxfl.history import concatenate
+from jaxfl.stream import HostStates
 
 PyTree = Any
+
+
+class Copied(NamedTuple):
+    """A state as it was, on the host.
+
+    Attributes:
+      state: what was on the device, random keys as integers.
+      written: ids and states of the clients on the host that were written since the
+        copy before, or None where no states are there.
+    """
+
+    state: State
+    written: tuple[np.ndarray, PyTree] | None
 
 
 class Checkpoints:
@@ -21,7 +36,8 @@ class Checkpoints:
 
     A piece of history is written before the state that follows it, each atomically,
     so that whatever moment the process dies at, the newest complete state finds all
-    the history before it.
+    the history before it. Likewise the states of clients that are on the host: a piece
+    has those written since the last, and all pieces in order give the newest of each.
 
     Args:
       path: the folder, made if missing.
@@ -44,7 +60,9 @@ class Checkpoints:
             ),
         )
         self._history = self._path / "history"
-        self._history.mkdir(parents=True, exist_ok=True)
+        self._clients = self._path / "clients"
+        for folder in (self._history, self._clients):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def restore(self, state: State, piece: PyTree) -> tuple[State, list[PyTree]]:
         """The newest state and the pieces of history before it.
@@ -74,40 +92,48 @@ class Checkpoints:
                 )
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-            _bare(state),
+            tree.without_keys(_on_device(state)),
         )
         try:
             saved = self._manager.restore(
                 newest,
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),
             )["state"]
-        except ValueError as error:
+            if isinstance(state.clients, HostStates):
+                for file in _until(newest, self._clients):
+                    with np.load(file) as named:
+                        ids = named["client"]
+                        rows = _unnamed(named, state.clients[ids[:0]])
+                        state.clients.restore(ids, rows)
+        except (KeyError, ValueError) as error:
             raise ValueError(
                 f"checkpoint: {self._path} holds the state of another federation."
             ) from error
-        saved = jax.tree.map(_wrap, saved, state)
+        saved = tree.with_keys(saved, _on_device(state))
+        if isinstance(state.clients, HostStates):
+            saved = saved._replace(clients=state.clients)
         pieces = []
-        for file in sorted(self._history.glob("*.npz")):
-            if int(file.stem) <= newest:
-                with np.load(file) as named:
-                    if set(named) != set(_named(piece)):
-                        raise ValueError(
-                            f"checkpoint: {self._path} holds a run with another "
-                            "evaluate, or other metrics."
-                        )
-                    pieces.append(_unnamed(named, piece))
+        for file in _until(newest, self._history):
+            with np.load(file) as named:
+                if set(named) != set(_named(piece)):
+                    raise ValueError(
+                        f"checkpoint: {self._path} holds a run with another "
+                        "evaluate, or other metrics."
+                    )
+                pieces.append(_unnamed(named, piece))
         self._pieces = len(pieces)
         self._forget_after(newest)
         return saved, pieces
 
     def _forget_after(self, step: int) -> None:
         """Removes history whose state was never saved: its rounds are run again."""
-        for file in self._history.glob("[0-9]*.*"):
-            if jax.process_index() == 0 and int(file.stem) > step:
-                file.unlink()
+        for folder in (self._history, self._clients):
+            for file in folder.glob("[0-9]*.*"):
+                if jax.process_index() == 0 and int(file.stem) > step:
+                    file.unlink()
 
     @staticmethod
-    def copy(state: State) -> State:
+    def copy(state: State) -> "Copied":
         """A copy in the host's memory, begun and not waited for.
 
         The state may be donated at once: who overwrites it waits for the copy.
@@ -117,9 +143,13 @@ class Checkpoints:
             host = x.sharding.with_memory_kind("pinned_host")
             return jax.device_put(x, host, may_alias=False)
 
-        return jax.tree.map(leaf, _bare(state))
+        clients = state.clients
+        return Copied(
+            jax.tree.map(leaf, tree.without_keys(_on_device(state))),
+            clients.unsaved() if isinstance(clients, HostStates) else None,
+        )
 
-    def save(self, copied: State, pieces: list[PyTree]) -> None:
+    def save(self, copied: "Copied", pieces: list[PyTree]) -> None:
         """Saves a state and those pieces of history that are not yet saved.
 
         It waits for the copy and for the state saved before, and not until this one is
@@ -131,22 +161,19 @@ class Checkpoints:
         """
         if len(pieces) == self._pieces:
             return
-        step = int(copied.round)
+        step = int(copied.state.round)
         piece = concatenate(pieces[self._pieces :])
         self._pieces = len(pieces)
-        if jax.process_index() == 0:
-            file = self._history / f"{step:09d}.npz"
-            partial = file.with_suffix(".partial")
-            with open(partial, "wb") as out:
-                np.savez(out, **_named(piece))
-                out.flush()
-                os.fsync(out.fileno())  # a loss of power must not leave it empty
-            os.replace(partial, file)
+        _write(self._history, step, _named(piece))
+        if copied.written is not None:
+            ids, rows = copied.written
+            _write(self._clients, step, {"client": ids, **_named(rows)})
         ocp = self._ocp
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(copied), run=ocp.args.JsonSave(self._run)
+                state=ocp.args.StandardSave(copied.state),
+                run=ocp.args.JsonSave(self._run),
             ),
         )
 
@@ -156,23 +183,48 @@ class Checkpoints:
         self._manager.close()
 
 
-def digest(tree: PyTree, most: int | None = None) -> str:
+def digest(arrays: PyTree, most: int | None = None) -> str:
     """A fingerprint of arrays.
 
     Args:
-      tree: pytree of arrays, of the host or of a device.
+      arrays: pytree of arrays, of the host or of a device.
       most: bytes to read of each array, in rows evenly spaced; None for all.
     """
     fingerprint = hashlib.sha256()
-    for x in jax.tree.leaves(_bare(tree)):
+    for x in jax.tree.leaves(tree.without_keys(arrays)):
         if isinstance(x, jax.Array) and not (
             x.is_fully_addressable or x.is_fully_replicated
         ):
             x = multihost_utils.process_allgather(x, tiled=True)
-        rows = x if most is None else x[:: max(1, x.nbytes // most)]
         fingerprint.update(f"{x.dtype}{x.shape}".encode())
-        fingerprint.update(np.asarray(rows).tobytes())
+        if most is not None:
+            size = math.prod(x.shape) * x.dtype.itemsize
+            x = x[np.arange(0, x.shape[0], max(1, size // most))]
+        fingerprint.update(np.asarray(x).tobytes())
     return fingerprint.hexdigest()
+
+
+def _on_device(state: State) -> State:
+    """The state without what is on the host."""
+    on_host = isinstance(state.clients, HostStates)
+    return state._replace(clients=()) if on_host else state  # type: ignore[arg-type]
+
+
+def _until(step: int, folder: Path) -> list[Path]:
+    """The files of the steps up to this one, in order."""
+    return [f for f in sorted(folder.glob("*.npz")) if int(f.stem) <= step]
+
+
+def _write(folder: Path, step: int, named: dict[str, Any]) -> None:
+    """Writes a step's file, all of it or none."""
+    if jax.process_index() == 0:
+        file = folder / f"{step:09d}.npz"
+        partial = file.with_suffix(".partial")
+        with open(partial, "wb") as out:
+            np.savez(out, **named)
+            out.flush()
+            os.fsync(out.fileno())  # a loss of power must not leave it empty
+        os.replace(partial, file)
 
 
 def _named(tree: PyTree) -> dict[str, Any]:
@@ -189,18 +241,3 @@ def _unnamed(named: Any, like: PyTree) -> PyTree:
         return x.view(like.dtype) if x.dtype.kind == "V" else x
 
     return jax.tree_util.tree_map_with_path(leaf, like)
-
-
-def _is_key(x) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _bare(tree: PyTree) -> PyTree:
-    """Random keys as the integers that they are made of."""
-    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
-
-
-def _wrap(saved, like):
-    if _is_key(like):
-        return jax.random.wrap_key_data(saved, impl=jax.random.key_impl(like))
-    return saved

@@ -69,12 +69,15 @@ class Cohort(NamedTuple):
       data: pytree of `[K, ...]` arrays, or a `ClientData` of K clients.
       weight: float32 `[K]`, the weight of each client's message.
       alive: bool `[K]`; a client that is not alive is as one never asked.
+      row: int32 `[K]`, where in `state.clients` each client's state is; at its id if
+        None. A row of padding has none, as with `client`.
     """
 
     client: jax.Array
     data: Data
     weight: jax.Array
     alive: jax.Array
+    row: jax.Array | None = None
 
 
 class Outcome(NamedTuple):
@@ -208,7 +211,8 @@ class State(NamedTuple):
       round: int32 `[]`, rounds done.
       population: int32 `[]`, N.
       server: the server's states.
-      clients: the clients' states, stacked `[N, ...]`.
+      clients: the clients' states, stacked `[N, ...]`; of those clients only to whom
+        `Cohort.row` refers, where it is given.
     """
 
     round: jax.Array
@@ -254,7 +258,8 @@ class Federation(NamedTuple):
     """The composed round function; pure, so jit, vmap, grad and scan it as you like.
 
     Attributes:
-      init: `(params, data) -> State`, with `data` the population's, `[N, ...]`.
+      init: `(params, data, clients=None) -> State`, with `data` the population's,
+        `[N, ...]`; of these clients' states only, `[M, ...]`, if their ids are given.
       round: `(key, state, cohort) -> (state, info)`. `key` is the run's: each round
         derives its own from `state.round`.
       parts: the algorithm, the channel and the aggregator that it is composed of.
@@ -262,7 +267,7 @@ class Federation(NamedTuple):
       mesh: the devices over which a cohort is spread, or None.
     """
 
-    init: Callable[[Params, Data], State]
+    init: Callable[..., State]
     round: Callable[[jax.Array, State, Cohort], tuple[State, Info]]
     parts: tuple[Algorithm, Channel, Aggregator]
     chunk_size: int | None = None

@@ -285,8 +285,9 @@ def federate(
             "see jaxfl.client_mesh."
         )
 
-    def init(params: Params, data: Data) -> State:
+    def init(params: Params, data: Data, clients: jax.Array | None = None) -> State:
         n = population_size(data)
+        ids = jnp.arange(n) if clients is None else jnp.asarray(clients)
         server, own = algorithm.init(params)
 
         _, shape = message_shapes(algorithm, server, own, data)
@@ -294,11 +295,11 @@ def federate(
         channel_server, channel_own = channel.init(payload)
 
         def stack(x):
-            rows = jnp.broadcast_to(x, (n, *x.shape))
-            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # each client its own
-                keys = rows.reshape(n, -1)
+            rows = jnp.broadcast_to(x, (len(ids), *x.shape))
+            if tree.is_key(x):  # each client its own
+                keys = rows.reshape(len(ids), -1)
                 fold = jax.vmap(jax.random.fold_in, (0, None))
-                rows = jax.vmap(fold)(keys, jnp.arange(n)).reshape(rows.shape)
+                rows = jax.vmap(fold)(keys, ids).reshape(rows.shape)
             return rows
 
         return State(
@@ -368,7 +369,7 @@ def federate(
         aggregate_key, decode_key, step_key = jax.random.split(ctx.key, 3)
         broadcast = algorithm.broadcast(server.algorithm)
         examples, rows = _separate(padded.data)
-        own = _read(state.clients, padded.client, mesh)
+        own = _read(state.clients, _rows(padded), mesh)
 
         (reports, summed), stacked = map_clients(
             at_client,
@@ -428,7 +429,7 @@ def federate(
             state.round + 1,
             population,
             ServerState(stepped, channel_server, aggregator_state),
-            _write(state.clients, padded.client, own, mesh),
+            _write(state.clients, _rows(padded), own, mesh),
         )
         bits_down = jnp.where(ctx.alive, jnp.float32(tree.num_bits(broadcast)), 0.0)
         info = Info(
@@ -616,8 +617,9 @@ def _rejoin(shared: PyTree, rows: PyTree) -> Data:
 
 def _check_cohort(cohort: Cohort) -> int:
     k = population_size(cohort.data)
-    for name in ("client", "weight", "alive"):
-        shape = jnp.shape(getattr(cohort, name))
+    for name in ("client", "weight", "alive", "row"):
+        value = getattr(cohort, name)
+        shape = (k,) if value is None else jnp.shape(value)
         if shape != (k,):
             raise ValueError(
                 f"cohort.{name} must have shape ({k},), one entry a client of "
@@ -645,17 +647,22 @@ def _pad(cohort: Cohort, chunk_size: int | None, mesh: Mesh | None) -> Cohort:
     real = jnp.arange(k + extra) < k
     cohort = _take(cohort, jnp.minimum(jnp.arange(k + extra), k - 1))
     return cohort._replace(
-        client=jnp.where(real, cohort.client, NOBODY), alive=cohort.alive & real
+        client=jnp.where(real, cohort.client, NOBODY),
+        alive=cohort.alive & real,
+        row=None if cohort.row is None else jnp.where(real, cohort.row, NOBODY),
     )
+
+
+def _rows(cohort: Cohort) -> jax.Array:
+    """Where in `state.clients` the clients' states are."""
+    return cohort.client if cohort.row is None else cohort.row
 
 
 def _take(cohort: Cohort, rows: jax.Array) -> Cohort:
     """These rows of the cohort; the examples stay where they are."""
     data = select_clients(cohort.data, rows)
-    client, weight, alive = (
-        jnp.asarray(x)[rows] for x in (cohort.client, cohort.weight, cohort.alive)
-    )
-    return Cohort(client, data, weight, alive)
+    rest = jax.tree.map(lambda x: jnp.asarray(x)[rows], cohort._replace(data=()))
+    return rest._replace(data=data)
 
 
 def _longest_first(

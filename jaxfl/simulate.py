@@ -1,13 +1,14 @@
 """Whole runs: rounds as scans on the device, and the host's part between them."""
 
 import contextlib
+import dataclasses
 import functools
 import numbers
 import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jaxfl.core import Cohort, Data, Federation, Info, Params, State
 from jaxfl.data.federated import ClientData
 from jaxfl.history import History, concatenate
 from jaxfl.round import AXIS, are_spread, population_size, select_clients
+from jaxfl.stream import HostStates, OnHost, gather, placeholder, prefetch
 
 PyTree = Any
 Evaluate = Callable[[State], dict[str, jax.Array]]
@@ -58,13 +60,46 @@ def sample_cohort(
     if jnp.shape(weight) != (n,):
         raise ValueError(f"weight must have shape ({n},), got {jnp.shape(weight)}.")
     weight = jnp.asarray(weight, jnp.float32)
-    client = jnp.arange(n, dtype=jnp.int32)
     if size is None or size == n:
-        return Cohort(client, data, weight, jnp.ones(n, bool))
-    client = jax.random.choice(key, client, (size,), replace=False)
+        return Cohort(jnp.arange(n, dtype=jnp.int32), data, weight, jnp.ones(n, bool))
+    client = draw_clients(key, n, size)
     return Cohort(
         client, select_clients(data, client), weight[client], jnp.ones(size, bool)
     )
+
+
+def draw_clients(key: jax.Array, n: int, size: int) -> jax.Array:
+    """Ids of `size` of n clients, int32, uniform without replacement."""
+    if n < 10_000 or 8 * size > n:
+        everyone = jnp.arange(n, dtype=jnp.int32)
+        return jax.random.choice(key, everyone, (size,), replace=False)
+    return _draw_few(key, n, size)  # does not shuffle all n, as `choice` does
+
+
+def _draw_few(key: jax.Array, n: int, size: int) -> jax.Array:
+    """Draws with replacement, and again whoever was drawn before, until nobody was.
+
+    Only whether two ids are equal matters to it. It would hence do the same under any
+    renaming of the clients, so that all ordered cohorts are as likely.
+    """
+
+    def repeated(client):
+        order = jnp.argsort(client, stable=True)
+        ranked = client[order]
+        again = jnp.concatenate([jnp.zeros(1, bool), ranked[1:] == ranked[:-1]])
+        return jnp.zeros(size, bool).at[order].set(again)
+
+    def draw_again(carry):
+        key, client, again = carry
+        key, draw_key = jax.random.split(key)
+        drawn = jax.random.randint(draw_key, (size,), 0, n, jnp.int32)
+        client = jnp.where(again, drawn, client)
+        return key, client, repeated(client)
+
+    nobody = jnp.zeros(size, jnp.int32), jnp.ones(size, bool)
+    return jax.lax.while_loop(
+        lambda carry: jnp.any(carry[2]), draw_again, (key, *nobody)
+    )[1]
 
 
 def scan_rounds(
@@ -163,11 +198,41 @@ def _segment(
         evaluate=evaluate,
         every=rounds,
     )
+    return _laid_out(federation, state, info, evaluations, layout)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("federation", "layout"), donate_argnames="state"
+)
+def _streamed_segment(federation, state, cohorts, evaluate, key, *, layout):
+    """`_segment` over the cohorts `[R, K, ...]` that the host has drawn."""
+    run_key = jax.random.split(key)[1]
+    data = cohorts.data
+
+    def one_round(state, cohort):
+        start, size = cohort.data
+        own = dataclasses.replace(data, start=start, size=size)
+        return federation.round(run_key, state, cohort._replace(data=own))
+
+    def segment(state, _):
+        ranges = cohorts._replace(data=(data.start, data.size))
+        state, info = jax.lax.scan(one_round, state, ranges)
+        seen = state if cohorts.row is None else state._replace(clients=None)
+        return state, (info, {} if evaluate is None else evaluate(seen))
+
+    # Built as `scan_rounds` is, so that it is compiled to the same arithmetic.
+    state, (info, evaluations) = jax.lax.scan(segment, state, length=1)
+    info = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), info)
+    return _laid_out(federation, state, info, evaluations, layout)
+
+
+def _laid_out(federation, state, info, evaluations, layout):
+    """What a segment gives, where the next call finds what this one found."""
     history = History(info, evaluations, state.round[None])
     if layout is None:
         return state, history
-    # The next call finds what this one found, and every process reads all history.
     layout = jax.tree.unflatten(jax.tree.structure(state), layout)
+    # Every process reads all of the history.
     everywhere = NamedSharding(federation.mesh, P())
     return jax.lax.with_sharding_constraint(
         (state, history), (layout, jax.tree.map(lambda _: everywhere, history))
@@ -177,7 +242,7 @@ def _segment(
 def simulate(
     federation: Federation,
     params: Params,
-    data: Data,
+    data: Data | OnHost,
     *,
     rounds: int,
     key: jax.Array,
@@ -208,7 +273,8 @@ def simulate(
     Args:
       federation: the composed round, see `federate`.
       params: the initial model.
-      data: the population: a `ClientData`, or a pytree of `[N, ...]` arrays.
+      data: the population: a `ClientData`, or a pytree of `[N, ...]` arrays, which are
+        put on the device; or `on_host(...)`, of which the device sees cohorts only.
       rounds: how many rounds in all, those before a checkpoint included.
       key: random key, `jax.random.key(seed)`.
       cohort_size: K, clients drawn uniformly without replacement for each round; None
@@ -251,33 +317,23 @@ def simulate(
     >>> history.clients.metrics["loss"].shape  # every round, every client
     (4, 4)
     """
-    n = population_size(data)
+    n = population_size(data.data if isinstance(data, OnHost) else data)
     if until is not None and evaluate is None:
         raise ValueError("until needs evaluate: it judges what evaluate returned.")
     _check_arguments(n, rounds, key, cohort_size, weight, every, checkpoint_every)
     if evaluate is not None and not isinstance(evaluate, jax.tree_util.Partial):
         evaluate = jax.tree_util.Partial(evaluate)
-    given = data
-    params, data, weight, key, evaluate = _place(
-        (params, data, weight, key, evaluate), federation
-    )
-    layout = _layout(federation, params, data)
-    # A copy, as the state is donated and must not share buffers with `params`.
-    state = jax.tree.map(
-        jnp.copy, jax.jit(federation.init, out_shardings=layout)(params, data)
-    )
-
-    def segment(state, rounds):
-        return _segment(
-            federation,
-            state,
-            data,
-            weight,
-            evaluate,
-            key,
-            rounds=rounds,
-            cohort_size=None if cohort_size == n else cohort_size,
-            layout=layout and tuple(jax.tree.leaves(layout)),
+    given = data.data if isinstance(data, OnHost) else data
+    sample_key = jax.random.split(key)[0]  # on this process's own device
+    params, weight, key, evaluate = _place((params, weight, key, evaluate), federation)
+    size = None if cohort_size == n else cohort_size
+    if isinstance(data, OnHost):
+        state, feed, segment, piece_like = _from_host(
+            federation, params, data, weight, evaluate, key, sample_key, size
+        )
+    else:
+        state, feed, segment, piece_like = _from_device(
+            federation, params, data, weight, evaluate, key, size
         )
 
     with contextlib.ExitStack() as stack:
@@ -297,16 +353,18 @@ def simulate(
             folder = stack.enter_context(
                 contextlib.closing(Checkpoints(checkpoint, run))
             )
-            piece = jax.eval_shape(lambda s: segment(s, 1)[1], state)
-            state, pieces = folder.restore(state, piece)
+            state, pieces = folder.restore(state, piece_like())
         checkpoint_every = checkpoint_every or every * max(1, rounds // every // 20)
         done = int(state.round)
         if done > rounds:
             raise ValueError(f"rounds: {checkpoint} holds {done}, more than {rounds}.")
         interrupted = stack.enter_context(_interruptible())
         show = stack.enter_context(_progress_bar(progress, rounds, done))
+        spans = _spans(done, rounds, every)
+        fed = stack.enter_context(contextlib.closing(feed(spans)))
         agreed = _vote(federation.mesh)
-        stop = agreed(_holds(until, pieces) or interrupted(), now=True)
+        reached = _holds(until, pieces)
+        stop = agreed(reached or interrupted(), now=True)
 
         def read():
             while unread:
@@ -316,9 +374,8 @@ def simulate(
                 show(piece)
 
         while done < rounds and not stop:
-            length = min(every - done % every, rounds - done)
-            state, piece = segment(state, length)
-            done += length
+            state, piece = segment(state, next(fed))
+            done += len(piece.clients.client)
             # While it runs, what the segment before has left is read and saved.
             read()
             if folder and copied:
@@ -328,16 +385,122 @@ def simulate(
             unread.append(piece)
             if until:
                 read()
-            stop = agreed(_holds(until, pieces) or interrupted(), now=bool(until))
+            reached = _holds(until, pieces)
+            stop = agreed(reached or interrupted(), now=bool(until))
         read()
         if folder:
-            folder.save(Checkpoints.copy(state), pieces)
+            folder.save(copied or Checkpoints.copy(state), pieces)
     if not pieces:
         raise KeyboardInterrupt
-    if done < rounds and not _holds(until, pieces):
+    if done < rounds and not reached:
         by = f" by {interrupted()}" if interrupted() else ""
         warnings.warn(f"interrupted after {done} of {rounds} rounds{by}", stacklevel=2)
     return state, concatenate(pieces)
+
+
+def _spans(done: int, rounds: int, every: int) -> Generator[tuple[int, int]]:
+    """The first round and the number of rounds of each segment to come."""
+    while done < rounds:
+        length = min(every - done % every, rounds - done)
+        yield done, length
+        done += length
+
+
+def _from_device(federation, params, data, weight, evaluate, key, size):
+    """What differs between runs: the first state; what each segment is fed, from the
+    spans of all; a segment, `(state, fed) -> (state, piece)`; what a piece is like.
+    """
+    data = _place(data, federation)
+    state, layout = _first_state(federation, params, data)
+
+    def segment(state, span):
+        return _segment(
+            federation,
+            state,
+            data,
+            weight,
+            evaluate,
+            key,
+            rounds=span[1],
+            cohort_size=size,
+            layout=layout,
+        )
+
+    def piece_like():
+        return jax.eval_shape(lambda state: segment(state, (0, 1))[1], state)
+
+    return state, lambda spans: spans, segment, piece_like
+
+
+def _from_host(federation, params, host, weight, evaluate, key, sample_key, size):
+    """The same for a population on the host, of which segments are fed cohorts."""
+    data, n = host.data, host.data.num_clients
+    weight = np.asarray(data.size if weight is None else weight, np.float32)
+    sample_key = jax.device_put(sample_key, _host_device())
+    seen, init = placeholder(data), jax.jit(federation.init)
+    somebody = () if host.states is False else (np.zeros(1, np.int32),)
+    state, layout = _first_state(federation, params, seen, *somebody)
+    states = None
+    if host.states is not False and jax.tree.leaves(state.clients):
+        folder = None if host.states is True else host.states
+        states = HostStates(lambda ids: init(params, seen, ids).clients, n, folder)
+        state = state._replace(clients=states)
+
+    def cohorts(span):
+        first, rounds = span
+        if size is None:
+            client = np.tile(np.arange(n, dtype=np.int32), (rounds, 1))
+        else:
+            client = np.asarray(_draws(sample_key, first, rounds=rounds, n=n, k=size))
+        once = row = None
+        if states is not None:
+            once, row = np.unique(client, return_inverse=True)
+            row = row.reshape(client.shape).astype(np.int32)
+        alive = np.ones(client.shape, bool)
+        cohort = client, gather(data, client), weight[client], alive, row
+        return Cohort(*_place_anywhere(cohort, federation)), once
+
+    def lend(state, cohorts, once):
+        """The state with those clients' states of whom there are cohorts."""
+        if states is None:
+            return state
+        room = min(cohorts.client.size, n)  # the same for every segment
+        ids = np.pad(once, (0, room - len(once)), mode="edge")
+        return state._replace(clients=_place(states[ids], federation))
+
+    def run(state, cohorts):
+        return _streamed_segment(
+            federation, state, cohorts, evaluate, key, layout=layout
+        )
+
+    def segment(state, fed):
+        cohorts, once = fed
+        state, piece = run(lend(state, cohorts, once), cohorts)
+        if states is not None:
+            states[once] = jax.tree.map(lambda x: x[: len(once)], state.clients)
+            state = state._replace(clients=states)
+        return state, piece
+
+    def piece_like():
+        one, once = cohorts((0, 1))
+        return jax.eval_shape(lambda state: run(state, one)[1], lend(state, one, once))
+
+    return state, functools.partial(prefetch, cohorts), segment, piece_like
+
+
+@functools.partial(jax.jit, static_argnames=("rounds", "n", "k"))
+def _draws(key, first, *, rounds, n, k):
+    """The ids of the cohorts of these rounds, as `scan_rounds` draws them."""
+    each = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(rounds))
+    return jax.lax.map(lambda key: draw_clients(key, n, k), each)
+
+
+def _host_device() -> Any:
+    """A CPU, where draws do not wait for the rounds on an accelerator."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX was told to have none
+        return jax.local_devices()[0]
 
 
 def _holds(until: Callable | None, pieces: list[History]) -> bool:
@@ -416,37 +579,51 @@ def _place(tree: PyTree, federation: Federation) -> PyTree:
     return jax.tree.map(put, tree)
 
 
-def _layout(federation: Federation, params: Params, data: Data) -> State | None:
-    """The sharding of each leaf of a state; None without a mesh.
+def _first_state(federation, params, data, *clients):
+    """The first state, and the shardings of its leaves; None without a mesh.
 
     The clients' states are spread over the clients' devices, if these divide N, and
     what has the name and shape of a parameter (a momentum, a client's own model) is
     split as that is. All else is on every device.
     """
-    mesh = federation.mesh
-    if mesh is None:
-        return None
+    mesh, layout = federation.mesh, None
+    if mesh is not None:
+        shapes = jax.eval_shape(federation.init, params, data, *clients)
+        over = AXIS if are_spread(shapes.clients, mesh) else None
+        split = functools.partial(_split_as, params)
+
+        def at_server(path, x):
+            return NamedSharding(mesh, split(path, x.shape))
+
+        def at_clients(path, x):
+            return NamedSharding(mesh, P(over, *split(path, x.shape[1:])))
+
+        layout = jax.tree_util.tree_map_with_path(at_server, shapes)._replace(
+            clients=jax.tree_util.tree_map_with_path(at_clients, shapes.clients)
+        )
+    init = jax.jit(federation.init, out_shardings=layout)
+    # A copy, as the state is donated and must not share buffers with `params`.
+    state = jax.tree.map(jnp.copy, init(params, data, *clients))
+    return state, layout and tuple(jax.tree.leaves(layout))
+
+
+def _split_as(params: Params, path: tuple, shape: tuple[int, ...]) -> P:
+    """How the parameter is split whose name ends a path and which has this shape."""
     named = dict(jax.tree_util.tree_leaves_with_path(params))
+    for i in range(len(path) + 1):
+        like = named.get(path[i:])
+        if like is not None and like.shape == shape:
+            return like.sharding.spec
+    return P()
 
-    def spec(path, shape):
-        for i in range(len(path) + 1):
-            like = named.get(path[i:])
-            if like is not None and like.shape == shape:
-                return like.sharding.spec
-        return P()
 
-    def at_server(path, x):
-        return NamedSharding(mesh, spec(path, x.shape))
-
-    state = jax.eval_shape(federation.init, params, data)
-    over = AXIS if are_spread(state.clients, mesh) else None
-
-    def at_clients(path, x):
-        return NamedSharding(mesh, P(over, *spec(path, x.shape[1:])))
-
-    layout = jax.tree_util.tree_map_with_path(at_server, state)
-    return layout._replace(
-        clients=jax.tree_util.tree_map_with_path(at_clients, state.clients)
+def _place_anywhere(tree: PyTree, federation: Federation) -> PyTree:
+    """As `_place`, of NumPy arrays, in any thread: processes do not compare them."""
+    if federation.mesh is None:
+        return jax.tree.map(jnp.asarray, tree)
+    everywhere = NamedSharding(federation.mesh, P())
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, everywhere, x.__getitem__), tree
     )
 
 

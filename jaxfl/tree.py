@@ -69,3 +69,28 @@ def where_rows(flags: jax.Array, new: PyTree, old: PyTree) -> PyTree:
         return jnp.where(flags.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
     return jax.tree.map(leaf, new, old)
+
+
+def is_key(x: Any) -> bool:
+    """Whether an array is of random keys."""
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def without_keys(tree: PyTree) -> PyTree:
+    """Random keys as the integers that they are made of, which files can hold.
+
+    >>> without_keys({"key": jax.random.key(3)})
+    {'key': Array([0, 3], dtype=uint32)}
+    """
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+
+
+def with_keys(tree: PyTree, like: PyTree) -> PyTree:
+    """The inverse of `without_keys`; `like` says where there were keys."""
+
+    def leaf(x, like):
+        if is_key(like):
+            return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))
+        return x
+
+    return jax.tree.map(leaf, tree, like)

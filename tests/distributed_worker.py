@@ -15,6 +15,7 @@ def main(address: str, process: int, processes: int) -> None:
         jax.distributed.initialize(
             address, processes, process, initialization_timeout=120
         )
+    import numpy as np
     import optax
     import toy
 
@@ -27,17 +28,26 @@ def main(address: str, process: int, processes: int) -> None:
         jaxfl.chain(jaxfl.at_client(optax.trace(0.5)), jaxfl.mean()),
         mesh=jaxfl.client_mesh() if processes > 1 else None,
     )
-    state, history = jaxfl.simulate(
-        federation,
-        toy.params(),
-        toy.data(),
-        rounds=4,
-        every=2,
-        cohort_size=5,
-        key=jax.random.key(0),
-        evaluate=lambda state: {"b": state.params["b"]},
-        progress=False,
-    )
+
+    def run(data):
+        return jaxfl.simulate(
+            federation,
+            toy.params(),
+            data,
+            rounds=4,
+            every=2,
+            cohort_size=5,
+            key=jax.random.key(0),
+            evaluate=lambda state: {"b": state.params["b"]},
+            progress=False,
+        )
+
+    state, history = run(toy.data())
+    on_host = jaxfl.on_host(jax.tree.map(np.asarray, toy.data()), states=True)
+    streamed, streamed_history = run(on_host)
+    rows = streamed.clients[np.arange(toy.N)]  # type: ignore[reportIndexIssue]
+    got = (streamed._replace(clients=rows), streamed_history)
+    jax.tree.map(np.testing.assert_array_equal, got, (state, history))
     result = {
         "w": state.params["w"].tolist(),
         "b": history["b"].tolist(),

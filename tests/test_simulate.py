@@ -19,7 +19,7 @@ import toy
 
 import jaxfl
 from jaxfl.checkpoint import digest
-from jaxfl.simulate import _segment, sample_cohort, scan_rounds
+from jaxfl.simulate import _draw_few, _segment, sample_cohort, scan_rounds
 
 FEDERATION = jaxfl.federate(
     jaxfl.fedavg(toy.loss, optax.sgd(0.1, 0.5), optax.adam(0.05), batch_size=2),
@@ -241,6 +241,31 @@ def chi_square(draw, n=5, draws=4000):
 def test_cohorts_are_uniform_without_replacement():
     ones = jnp.ones(5)
     assert chi_square(lambda key: sample_cohort(key, ones, 2).client) > 0.01
+
+
+def test_few_of_many_are_uniform_without_replacement():
+    assert chi_square(lambda key: _draw_few(key, 5, 2)) > 0.01
+    assert chi_square(lambda key: _draw_few(key, 5, 4)[2:]) > 0.01
+    client = sample_cohort(jax.random.key(0), jnp.ones(100_000), 5_000).client
+    assert client.dtype == jnp.int32 and len(set(client.tolist())) == 5_000
+    assert client.min() < 100 and client.max() >= 99_900
+
+
+def test_gradients_go_through_the_draw_of_few_of_many():
+    y = jnp.linspace(0.0, 1.0, 20_000)
+    data = jaxfl.from_arrays(y, y, np.arange(len(y)))
+
+    def final(rate):
+        algorithm = jaxfl.fedavg(lambda w, b, key: (w - b["y"]) ** 2, optax.sgd(rate))
+        federation = jaxfl.federate(algorithm, jaxfl.mean())
+        state = federation.init(jnp.float32(0), data)
+        return scan_rounds(
+            federation, state, data, rounds=2, key=jax.random.key(0), cohort_size=3
+        )[0].params
+
+    slope = jax.grad(final)(0.1)
+    assert abs(slope) > 0.01
+    np.testing.assert_allclose(slope, jax.jacfwd(final)(0.1), rtol=1e-6)
 
 
 def test_the_uniformity_test_sees_a_bias():

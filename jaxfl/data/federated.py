@@ -138,7 +138,7 @@ def group(
     if not leaves:
         raise ValueError(f"examples was {examples!r}; it should have an array")
     for leaf in leaves:
-        if np.ndim(leaf) == 0 or len(leaf) != len(ids):
+        if np.shape(leaf)[:1] != (len(ids),):
             raise ValueError(
                 f"examples had an array of shape {np.shape(leaf)}; it should have "
                 f"{len(ids)} rows, one for each of client_ids"
