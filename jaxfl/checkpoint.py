@@ -19,7 +19,8 @@ class Checkpoints:
 
     A piece of history is written before the state that follows it, each atomically,
     so that whatever moment the process dies at, the newest complete state finds all
-    the history before it.
+    the history before it. There are two states at most, and a file of history for each
+    save; history is also flushed to the disk, the state as orbax does it.
 
     Args:
       path: the folder, made if missing.
