@@ -111,12 +111,9 @@ class Checkpoints:
 
         The state may be donated at once: who overwrites it waits for the copy.
         """
-
-        def leaf(x):
-            host = x.sharding.with_memory_kind("pinned_host")
-            return jax.device_put(x, host, may_alias=False)
-
-        return jax.tree.map(leaf, _bare(state))
+        state = _bare(state)
+        host = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), state)
+        return jax.device_put(state, host, may_alias=False)
 
     def save(self, copied: State, pieces: list[PyTree]) -> None:
         """Saves a state and those pieces of history that are not yet saved.
