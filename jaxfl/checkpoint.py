@@ -38,6 +38,8 @@ class Checkpoints:
     so that whatever moment the process dies at, the newest complete state finds all
     the history before it. Likewise the states of clients that are on the host: a piece
     has those written since the last, and all pieces in order give the newest of each.
+    There are two states at most, and a file of history for each save; history is also
+    flushed to the disk, the state as orbax does it.
 
     Args:
       path: the folder, made if missing.
@@ -138,14 +140,13 @@ class Checkpoints:
 
         The state may be donated at once: who overwrites it waits for the copy.
         """
-
-        def leaf(x):
-            host = x.sharding.with_memory_kind("pinned_host")
-            return jax.device_put(x, host, may_alias=False)
-
+        on_device = tree.without_keys(_on_device(state))
+        host = jax.tree.map(
+            lambda x: x.sharding.with_memory_kind("pinned_host"), on_device
+        )
         clients = state.clients
         return Copied(
-            jax.tree.map(leaf, tree.without_keys(_on_device(state))),
+            jax.device_put(on_device, host, may_alias=False),
             clients.unsaved() if isinstance(clients, HostStates) else None,
         )
 

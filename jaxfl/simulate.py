@@ -263,9 +263,9 @@ def simulate(
 
     The first Ctrl-C or SIGTERM, which is how schedulers preempt, ends it after the
     segments in flight, at most two, and what was done is saved and returned, with a
-    warning; a second one acts as it would have. In other threads than the main one
-    signals are left alone. Of several processes any may be the one that ends it, for
-    all; it takes them two segments more.
+    warning that names the signal; a second one acts as it would have. Signals are left
+    alone where the run is not in the main thread. Of several processes any may be the
+    one that ends it, for all; it takes them two segments more.
 
     A job that is started again need not compile again: JAX keeps compiled programs in
     the folder that `jax.config.update("jax_compilation_cache_dir", ...)` names.
@@ -391,10 +391,12 @@ def simulate(
         if folder:
             folder.save(copied or Checkpoints.copy(state), pieces)
     if not pieces:
-        raise KeyboardInterrupt
-    if done < rounds and not reached:
-        by = f" by {interrupted()}" if interrupted() else ""
-        warnings.warn(f"interrupted after {done} of {rounds} rounds{by}", stacklevel=2)
+        raise KeyboardInterrupt(interrupted())
+    by = interrupted()
+    if by or (done < rounds and not reached):
+        by = by or "another process"
+        message = f"interrupted after {done} of {rounds} rounds by {by}"
+        warnings.warn(message, stacklevel=2)
     return state, concatenate(pieces)
 
 

@@ -561,6 +561,12 @@ def test_a_signal_keeps_what_was_done(tmp_path, handlers, number):
     assert_same_run(run(8, checkpoint=tmp_path), run(8))
 
 
+def test_a_signal_in_the_last_segment_is_not_swallowed(handlers):
+    with pytest.warns(UserWarning, match="after 3 of 3 rounds by SIGTERM"):
+        got = run(3, until=stop_after(3, lambda: signal.raise_signal(signal.SIGTERM)))
+    assert_same_run(got, run(3))
+
+
 @SIGNALS
 def test_a_second_signal_acts_as_it_would_have(handlers, number):
     def twice():
