@@ -1,54 +1,84 @@
-"""One process of a run over several, or of one: see test_distributed.py."""
+"""One process of a run over several: see test_distributed.py."""
 
 import json
+import os
+import signal
 import sys
+import threading
+import warnings
+
+import jax
+import optax
+import toy
+from jax.experimental import multihost_utils
+
+import jaxfl
 
 
-def main(address: str, process: int, processes: int) -> None:
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 1)
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles sooner
-    if processes > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(
-            address, processes, process, initialization_timeout=120
-        )
-    import optax
-    import toy
-
-    import jaxfl
-
-    assert len(jax.devices()) == processes and len(jax.local_devices()) == 1
+def simulate(mesh=None, robust=False, **options):
+    """A run of 8 clients, whose own states two processes share between them."""
     algorithm = jaxfl.fedavg(toy.loss, optax.sgd(0.1), optax.adam(0.05), batch_size=2)
+    channel = jaxfl.at_client(optax.trace(0.5))
     federation = jaxfl.federate(
         algorithm,
-        jaxfl.chain(jaxfl.at_client(optax.trace(0.5)), jaxfl.mean()),
-        mesh=jaxfl.client_mesh() if processes > 1 else None,
+        channel if robust else jaxfl.chain(channel, jaxfl.mean()),
+        jaxfl.median() if robust else jaxfl.total(),
+        mesh=mesh,
     )
-    state, history = jaxfl.simulate(
+    return jaxfl.simulate(
         federation,
         toy.params(),
-        toy.data(),
-        rounds=4,
-        every=2,
+        toy.data((*toy.SIZES, 1)),
         cohort_size=5,
         key=jax.random.key(0),
         evaluate=lambda state: {"b": state.params["b"]},
         progress=False,
+        **options,
     )
-    result = {
+
+
+def numbers(state, history):
+    """All of a run, as JSON can hold it."""
+    own = state.clients.channel
+    if not jax.tree.leaves(own)[0].is_fully_addressable:
+        own = multihost_utils.process_allgather(own, tiled=True)
+    return {
         "w": state.params["w"].tolist(),
         "b": history["b"].tolist(),
         "loss": history.clients.metrics["loss"].tolist(),
         "client": history.clients.client.tolist(),
-        "own": state.clients.channel[0].trace["w"].tolist(),
+        "own": [x.tolist() for x in jax.tree.leaves(own)],
     }
+
+
+def main(address: str, process: int, folder: str) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 1)
+    jax.config.update("jax_disable_most_optimizations", True)  # compiles sooner
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, 2, process, initialization_timeout=120)
+    assert len(jax.devices()) == 2 and len(jax.local_devices()) == 1
+    mesh = jaxfl.client_mesh()
+
+    simulate(mesh, rounds=2, every=2, checkpoint=folder)
+    state, history = simulate(mesh, rounds=4, every=2, checkpoint=folder)
+    here = {x.addressable_data(0).shape[0] for x in jax.tree.leaves(state.clients)}
+    result = {
+        "resumed": numbers(state, history),
+        "robust": numbers(*simulate(mesh, robust=True, rounds=2)),
+        "here": list(here),
+    }
+    # What one process decides, the other does: it would wait for ever.
+    state, _ = simulate(mesh, rounds=4, until=lambda metrics: process == 0)
+    result["until"] = int(state.round)
+    if process == 1:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with warnings.catch_warnings(record=True) as caught:
+        state, _ = simulate(mesh, rounds=1_000_000)
+    result["interrupted"] = int(state.round), str(caught[-1].message)
     print(json.dumps(result), flush=True)
-    if processes > 1:
-        jax.distributed.shutdown()
+    jax.distributed.shutdown()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distributed_worker
+import jax
 import numpy as np
 import pytest
 
@@ -19,11 +21,11 @@ except ImportError:
 HERE = Path(__file__).parent
 
 
-def start(port, process, processes):
+def start(port, process, folder):
     paths = os.pathsep.join([str(HERE), str(HERE.parent)])
     worker = HERE / "distributed_worker.py"
     return subprocess.Popen(
-        [sys.executable, worker, f"127.0.0.1:{port}", str(process), str(processes)],
+        [sys.executable, worker, f"127.0.0.1:{port}", str(process), str(folder)],
         env={**os.environ, "PYTHONPATH": paths},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -47,13 +49,28 @@ def results(processes):
 
 
 @pytest.mark.skipif(not GLOO, reason="this jaxlib has no gloo collectives")
-def test_two_processes_are_one():
+def test_two_processes_are_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    first, second = results([start(port, i, 2) for i in range(2)])
-    (alone,) = results([start(port, 0, 1)])
+    first, second = results([start(port, i, tmp_path) for i in range(2)])
     assert first == second
-    assert alone["client"] == first["client"]
-    for name, want in alone.items():
-        np.testing.assert_allclose(first[name], want, rtol=1e-5, atol=1e-6)
+    assert first["here"] == [4]  # of 8 clients' states
+
+    for name, want in {
+        "resumed": distributed_worker.simulate(rounds=4, every=2),
+        "robust": distributed_worker.simulate(robust=True, rounds=2),
+    }.items():
+        want = distributed_worker.numbers(*want)
+        assert first[name].pop("client") == want.pop("client")
+        assert_close(first[name], want)
+
+    assert first["until"] == 1
+    rounds, warning = first["interrupted"]
+    assert warning == f"interrupted after {rounds} of 1000000 rounds"
+
+
+def assert_close(got, want):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want
+    )
