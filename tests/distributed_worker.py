@@ -15,26 +15,37 @@ from jax.experimental import multihost_utils
 import jaxfl
 
 
-def simulate(mesh=None, robust=False, **options):
-    """A run of 8 clients, whose own states two processes share between them."""
-    algorithm = jaxfl.fedavg(toy.loss, optax.sgd(0.1), optax.adam(0.05), batch_size=2)
-    channel = jaxfl.at_client(optax.trace(0.5))
-    federation = jaxfl.federate(
-        algorithm,
-        channel if robust else jaxfl.chain(channel, jaxfl.mean()),
-        jaxfl.median() if robust else jaxfl.total(),
+def averaging(mesh=None):
+    return jaxfl.federate(
+        jaxfl.fedavg(toy.loss, optax.sgd(0.1), optax.adam(0.05), batch_size=2),
+        jaxfl.chain(jaxfl.at_client(optax.trace(0.5)), jaxfl.mean()),
         mesh=mesh,
     )
+
+
+def robust(mesh=None):
+    algorithm = jaxfl.fedavg(toy.loss, optax.sgd(0.1), batch_size=2)
+    return jaxfl.federate(
+        algorithm, jaxfl.at_client(optax.trace(0.5)), jaxfl.median(), mesh=mesh
+    )
+
+
+def simulate(federation, **options):
+    """A run of 8 clients, whose own states two processes share between them."""
     return jaxfl.simulate(
         federation,
         toy.params(),
         toy.data((*toy.SIZES, 1)),
         cohort_size=5,
         key=jax.random.key(0),
-        evaluate=lambda state: {"b": state.params["b"]},
+        evaluate=evaluate,
         progress=False,
         **options,
     )
+
+
+def evaluate(state):
+    return {"b": state.params["b"]}
 
 
 def numbers(state, history):
@@ -60,21 +71,22 @@ def main(address: str, process: int, folder: str) -> None:
     assert len(jax.devices()) == 2 and len(jax.local_devices()) == 1
     mesh = jaxfl.client_mesh()
 
-    simulate(mesh, rounds=2, every=2, checkpoint=folder)
-    state, history = simulate(mesh, rounds=4, every=2, checkpoint=folder)
+    federation = averaging(mesh)
+    simulate(federation, rounds=2, checkpoint=folder)
+    state, history = simulate(federation, rounds=4, checkpoint=folder)
     here = {x.addressable_data(0).shape[0] for x in jax.tree.leaves(state.clients)}
     result = {
         "resumed": numbers(state, history),
-        "robust": numbers(*simulate(mesh, robust=True, rounds=2)),
+        "robust": numbers(*simulate(robust(mesh), rounds=2)),
         "here": list(here),
     }
     # What one process decides, the other does: it would wait for ever.
-    state, _ = simulate(mesh, rounds=4, until=lambda metrics: process == 0)
+    state, _ = simulate(federation, rounds=4, until=lambda metrics: process == 0)
     result["until"] = int(state.round)
     if process == 1:
         threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     with warnings.catch_warnings(record=True) as caught:
-        state, _ = simulate(mesh, rounds=1_000_000)
+        state, _ = simulate(federation, rounds=1_000_000)
     result["interrupted"] = int(state.round), str(caught[-1].message)
     print(json.dumps(result), flush=True)
     jax.distributed.shutdown()

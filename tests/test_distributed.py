@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import distributed_worker
+import distributed_worker as worker
 import jax
 import numpy as np
 import pytest
@@ -23,10 +23,20 @@ HERE = Path(__file__).parent
 
 def start(port, process, folder):
     paths = os.pathsep.join([str(HERE), str(HERE.parent)])
-    worker = HERE / "distributed_worker.py"
     return subprocess.Popen(
-        [sys.executable, worker, f"127.0.0.1:{port}", str(process), str(folder)],
-        env={**os.environ, "PYTHONPATH": paths},
+        [
+            sys.executable,
+            worker.__file__,
+            f"127.0.0.1:{port}",
+            str(process),
+            str(folder),
+        ],
+        env=os.environ
+        | {
+            "PYTHONPATH": paths,
+            "JAX_COMPILATION_CACHE_DIR": str(HERE.parent / ".pytest_cache" / "jax"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -57,11 +67,11 @@ def test_two_processes_are_one(tmp_path):
     assert first == second
     assert first["here"] == [4]  # of 8 clients' states
 
-    for name, want in {
-        "resumed": distributed_worker.simulate(rounds=4, every=2),
-        "robust": distributed_worker.simulate(robust=True, rounds=2),
-    }.items():
-        want = distributed_worker.numbers(*want)
+    for name, federation, rounds in (
+        ("resumed", worker.averaging(), 4),
+        ("robust", worker.robust(), 2),
+    ):
+        want = worker.numbers(*worker.simulate(federation, rounds=rounds))
         assert first[name].pop("client") == want.pop("client")
         assert_close(first[name], want)
 
