@@ -265,7 +265,7 @@ def simulate(
     segments in flight, at most two, and what was done is saved and returned, with a
     warning that names the signal; a second one acts as it would have. Signals are left
     alone where the run is not in the main thread. Of several processes any may be the
-    one that ends it, for all; it takes them two segments more.
+    one that ends it, for all.
 
     A job that is started again need not compile again: JAX keeps compiled programs in
     the folder that `jax.config.update("jax_compilation_cache_dir", ...)` names.
@@ -364,7 +364,7 @@ def simulate(
         fed = stack.enter_context(contextlib.closing(feed(spans)))
         agreed = _vote(federation.mesh)
         reached = _holds(until, pieces)
-        stop = agreed(reached or interrupted(), now=True)
+        stop = agreed(reached or bool(interrupted()), state)
 
         def read():
             while unread:
@@ -386,7 +386,7 @@ def simulate(
             if until:
                 read()
             reached = _holds(until, pieces)
-            stop = agreed(reached or interrupted(), now=bool(until))
+            stop = agreed(reached or bool(interrupted()), piece)
         read()
         if folder:
             folder.save(copied or Checkpoints.copy(state), pieces)
@@ -513,24 +513,22 @@ def _holds(until: Callable | None, pieces: list[History]) -> bool:
     return bool(until(newest))
 
 
-def _vote(mesh: Mesh | None) -> Callable[..., bool]:
-    """`(flag, now) -> bool`: whether any of the processes of a mesh raised its flag.
+def _vote(mesh: Mesh | None) -> Callable[[bool, PyTree], bool]:
+    """`(flag, after) -> bool`: whether any of the processes of a mesh raised its flag.
 
-    Unless they must know now, they go by what was said at the call before: it has
-    arrived, and nobody waits for the segment in flight.
+    Several processes wait for `after`, the segment in flight: two programs that
+    exchange data at a time may do so in another order on another process.
     """
     if mesh is None or len({d.process_index for d in mesh.devices.flat}) == 1:
-        return lambda flag, now: bool(flag)
-    said = jnp.array(False)
+        return lambda flag, after: flag
 
-    def vote(flag, now):
-        nonlocal said
-        mine = np.full(len(mesh.local_devices), bool(flag))
+    def vote(flag, after):
+        jax.block_until_ready(after)
         flags = jax.make_array_from_process_local_data(
-            NamedSharding(mesh, P(mesh.axis_names)), mine
+            NamedSharding(mesh, P(mesh.axis_names)),
+            np.full(len(mesh.local_devices), flag),
         )
-        before, said = said, jnp.any(flags)
-        return bool(said if now else before)
+        return bool(jnp.any(flags))
 
     return vote
 

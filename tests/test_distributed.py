@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distributed_worker as worker
+import jax
 import numpy as np
 import pytest
 
@@ -19,12 +21,22 @@ except ImportError:
 HERE = Path(__file__).parent
 
 
-def start(port, process, processes):
+def start(port, process, folder):
     paths = os.pathsep.join([str(HERE), str(HERE.parent)])
-    worker = HERE / "distributed_worker.py"
     return subprocess.Popen(
-        [sys.executable, worker, f"127.0.0.1:{port}", str(process), str(processes)],
-        env={**os.environ, "PYTHONPATH": paths},
+        [
+            sys.executable,
+            worker.__file__,
+            f"127.0.0.1:{port}",
+            str(process),
+            str(folder),
+        ],
+        env=os.environ
+        | {
+            "PYTHONPATH": paths,
+            "JAX_COMPILATION_CACHE_DIR": str(HERE.parent / ".pytest_cache" / "jax"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -47,13 +59,33 @@ def results(processes):
 
 
 @pytest.mark.skipif(not GLOO, reason="this jaxlib has no gloo collectives")
-def test_two_processes_are_one():
+def test_two_processes_are_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    first, second = results([start(port, i, 2) for i in range(2)])
-    (alone,) = results([start(port, 0, 1)])
+    first, second = results([start(port, i, tmp_path) for i in range(2)])
+    (done, by_other), (same, by_signal) = (
+        each.pop("interrupted") for each in (first, second)
+    )
     assert first == second
-    assert alone["client"] == first["client"]
-    for name, want in alone.items():
-        np.testing.assert_allclose(first[name], want, rtol=1e-5, atol=1e-6)
+    assert first["here"] == [4]  # of 8 clients' states
+
+    for name, federation, rounds in (
+        ("resumed", worker.averaging(), 4),
+        ("streamed", worker.averaging(), 4),
+        ("robust", worker.robust(), 2),
+    ):
+        want = worker.numbers(*worker.simulate(federation, rounds=rounds))
+        assert first[name].pop("client") == want.pop("client")
+        assert_close(first[name], want)
+
+    assert first["until"] == 1
+    assert done == same
+    assert by_other == f"interrupted after {done} of 1000000 rounds by another process"
+    assert by_signal == f"interrupted after {done} of 1000000 rounds by SIGINT"
+
+
+def assert_close(got, want):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want
+    )
