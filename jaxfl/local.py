@@ -195,7 +195,7 @@ def _at_once(grads: PyTree) -> PyTree:
     depends on every gradient, and that no compiler can see to be zero, says that an
     update never comes before the last of them: a fifth of a step of the CNN.
     """
-    firsts = [jnp.abs(g.ravel()[0]) for g in jax.tree.leaves(grads) if g.size]
+    firsts = [jnp.abs(g[(0,) * g.ndim]) for g in jax.tree.leaves(grads) if g.size]
     zero = jnp.nan_to_num(sum(jnp.minimum(x, 0) for x in firsts))
     return jax.tree.map(lambda g: g - zero.astype(g.dtype), grads)
 
