@@ -123,7 +123,7 @@ def gather(data: ClientData, client: np.ndarray) -> ClientData:
     index = np.arange(len(rows))
     if np.any(np.diff(rows) <= 0):  # not in order, or shared by several clients
         rows, index = np.unique(rows, return_inverse=True)
-    most = max(1, len(once) * data.longest)
+    most = max(1, client.size * data.longest)
 
     def take(a):
         dtype = jax.dtypes.canonicalize_dtype(a.dtype)

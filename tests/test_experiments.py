@@ -65,7 +65,9 @@ def results(folder, name, *arguments, figure=None):
 def test_every_experiment_is_tested_here():
     scripts = (ROOT / "experiments").glob("*.py")
     with_main = {p.stem for p in scripts if "__main__" in p.read_text("utf-8")}
-    assert with_main == {"mnist_skews", "node_curves", "mcmahan2017", "speed"}
+    assert with_main == {
+        *("mnist_skews", "node_curves", "mcmahan2017", "speed", "many_clients")
+    }
 
 
 # ------------------------------------------------------------- through the command line
@@ -216,6 +218,20 @@ def test_wrong_preset_ends_the_program(tmp_path):
     assert "python -m experiments.node_curves" in done.stderr
     assert "'ci', 'full'" in done.stderr and "Traceback" not in done.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_many_clients(tmp_path):
+    summary, rows, printed = results(
+        *(tmp_path, "many_clients", "--folder", str(tmp_path))
+    )
+    assert set(summary) == {"logistic", "settings"}
+    assert "100 of 20,000 clients a round" in printed
+    modes = list(summary["logistic"].values())
+    assert len(modes) == 3 and len(rows) == 3 * 6
+    assert len({(m["accuracy"], m["loss"]) for m in modes}) == 1  # to the bit
+    assert all(m["rounds_per_second"] > 0 for m in modes)
+    assert all(1e8 < m["peak_bytes"] < 4e9 for m in modes)
+    assert modes[0]["accuracy"] > 0.3
 
 
 def test_unknown_rows_of_speed(monkeypatch):
