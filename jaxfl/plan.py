@@ -168,8 +168,8 @@ def tune(
     10
     """
     k = _cohort_size(data, cohort_size)
-    devices = len(jax.devices())
-    everywhere = client_mesh() if devices > 1 else None
+    devices = jax.devices()[:k]  # more would have no client
+    everywhere = client_mesh(devices) if len(devices) > 1 else None
     if jax.default_backend() == "cpu":
         step = _flops(_round(federation, params, data, 1), loops=False)
         if step > LARGE_STEP:
@@ -185,7 +185,7 @@ def tune(
         mesh = everywhere
         chunk, reason = _largest_chunk(federation, params, data, k, mesh)
     if verbose:
-        on = devices if mesh is not None else 1
+        on = 1 if mesh is None else mesh.size
         print(f"plan: chunk_size={chunk} on {on} device(s), {reason}")
     return federate(*federation.parts, chunk_size=chunk, mesh=mesh)
 
