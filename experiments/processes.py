@@ -43,8 +43,9 @@ PRESETS = {
 
 def measure(config: Settings, process: int, processes: int, port: int) -> list[float]:
     """Seconds of each round, in this process."""
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[process % len(cores)]})
+    if sys.platform == "linux":  # before JAX starts its threads
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[process % len(cores)]})
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
     if processes > 1:

@@ -272,7 +272,8 @@ def simulate(
 
     Args:
       federation: the composed round, see `federate`.
-      params: the initial model.
+      params: the initial model. What already lies on the federation's mesh is split
+        over it as it is; else, it is put on every device.
       data: the population: a `ClientData`, or a pytree of `[N, ...]` arrays, which are
         put on the device; or `on_host(...)`, of which the device sees cohorts only.
       rounds: how many rounds in all, those before a checkpoint included.
@@ -295,7 +296,9 @@ def simulate(
       progress: whether to show a progress bar.
 
     Returns:
-      The last state, with the model in `state.params`, and the `History`.
+      The last state, with the model in `state.params`, and the `History`. Over a mesh
+      whose devices divide N `state.clients` is spread over them, and of several
+      processes each has its own part: `multihost_utils.process_allgather` has it all.
 
     Raises:
       TypeError: if key is not a random key, or a part of the round is at fault.

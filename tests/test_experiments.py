@@ -66,7 +66,8 @@ def test_every_experiment_is_tested_here():
     scripts = (ROOT / "experiments").glob("*.py")
     with_main = {p.stem for p in scripts if "__main__" in p.read_text("utf-8")}
     assert with_main == {
-        *("mnist_skews", "node_curves", "mcmahan2017", "speed", "many_clients")
+        *("mnist_skews", "node_curves", "mcmahan2017", "speed"),
+        *("many_clients", "processes"),
     }
 
 
@@ -181,6 +182,16 @@ def test_speed(tmp_path):
     assert summary["matmul_flops_per_second"] > 0
     assert len(rows) == 2 * 2
     assert "GFLOP/s" in printed
+
+
+def test_processes(tmp_path):
+    summary, rows, printed = results(tmp_path, "processes")
+    assert [(row["processes"], row["round"]) for row in rows] == [
+        *(("1", "1"), ("1", "2"), ("2", "1"), ("2", "2"))
+    ]
+    one, two = (summary["seconds"][n] for n in "12")
+    assert summary["ratio"] == one / two > 0
+    assert "processes x 1 core" in printed
 
 
 def test_digits_from_files(tmp_path):
