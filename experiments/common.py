@@ -41,19 +41,13 @@ def settings(presets: Mapping[str, Settings], description: str | None) -> Settin
     return tyro.cli(type(default), prog=prog, default=default, description=description)
 
 
-def cores_as_devices() -> None:
-    """Makes each CPU core a device; before anything else uses JAX."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    jax.config.update("jax_num_cpu_devices", cores)
-
-
 def execution_plan() -> dict[str, Any]:
     """`chunk_size` and `mesh` for this machine, and says what they are.
 
     On a CPU one client after another on each core; on an accelerator all at once.
     Call it before anything else uses JAX.
     """
-    cores_as_devices()
+    jaxfl.cores_as_devices()
     on_cpu = jax.default_backend() == "cpu"
     several = len(jax.devices()) > 1
     plan = {
