@@ -62,8 +62,8 @@ def client_mesh(devices: Sequence[Any] | None = None, *, model: int = 1) -> Mesh
     Raises:
       ValueError: if model is not positive or does not divide the devices.
 
-    >>> client_mesh(jax.devices()[:1]).shape
-    OrderedDict({'clients': 1})
+    >>> dict(client_mesh(jax.devices()[:1]).shape)
+    {'clients': 1}
     """
     devices = jax.devices() if devices is None else devices
     if model < 1 or len(devices) % model:
@@ -508,15 +508,11 @@ def _read(states: PyTree, client: jax.Array, mesh: Mesh | None) -> PyTree:
     if mesh is None or not are_spread(states, mesh):
         return rows_at(states, client)
 
-    def on_device(states, client):
-        def visit(_, carry):
-            client, rows = carry
-            here, place = _held_here(states, client)
-            rows = tree.where_rows(here, rows_at(states, place), rows)
-            return _pass_on((client, rows), mesh)
+    def visit(states, here, place, rows):
+        return states, tree.where_rows(here, rows_at(states, place), rows)
 
-        carry = client, rows_at(states, client)  # anyone's, until it comes home
-        return jax.lax.fori_loop(0, mesh.shape[AXIS], visit, carry)[1]
+    def on_device(states, client):
+        return _travel(visit, states, client, rows_at(states, client), mesh)[1]
 
     return _per_device(on_device, mesh, P(AXIS), P(AXIS))(states, client)
 
@@ -534,34 +530,57 @@ def _write(
     if mesh is None or not are_spread(states, mesh):
         return replaced(states, client, rows)
 
-    def on_device(states, client, rows):
-        def visit(_, carry):
-            states, client, rows = carry
-            here, place = _held_here(states, client)
-            states = replaced(states, jnp.where(here, place, NOBODY), rows)
-            return states, *_pass_on((client, rows), mesh)
+    def visit(states, here, place, rows):
+        return replaced(states, jnp.where(here, place, NOBODY), rows), rows
 
-        carry = states, client, rows
-        return jax.lax.fori_loop(0, mesh.shape[AXIS], visit, carry)[0]
+    def on_device(states, client, rows):
+        return _travel(visit, states, client, rows, mesh)[0]
 
     return _per_device(on_device, mesh, P(AXIS), P(AXIS))(states, client, rows)
 
 
-def _held_here(states: PyTree, client: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Which of these clients have their states on this device, and in which row."""
-    n = jax.tree.leaves(states)[0].shape[0]
-    place = client - n * jax.lax.axis_index(AXIS)
-    return (place >= 0) & (place < n), place
+def _travel(
+    visit: Callable, states: PyTree, client: jax.Array, rows: PyTree, mesh: Mesh
+) -> tuple[PyTree, PyTree]:
+    """Takes rows `[K / devices, ...]` to the devices that hold their clients' states.
 
+    All go once round the ring of devices, so that none ever holds `[K, ...]`; where
+    every client is at home, as those of a whole population are, none goes anywhere.
 
-def _pass_on(rows: PyTree, mesh: Mesh) -> PyTree:
-    """Rows `[K / devices, ...]` on their way round the ring of devices.
+    Args:
+      visit: `(states, here, place, rows) -> (states, rows)`, with `here` saying whose
+        states this device has, and `place` in which row.
+      states: this device's, `[N / devices, ...]`.
+      client: int32 `[K / devices]`, the clients of the rows.
+      rows: of this device's clients of the cohort.
+      mesh: the devices.
 
-    All of them in turn meet every device, and none ever holds `[K, ...]`.
+    Returns:
+      The states and, home again, the rows.
     """
     devices = mesh.shape[AXIS]
     ring = [(i, (i + 1) % devices) for i in range(devices)]
-    return jax.lax.ppermute(rows, AXIS, ring)
+    n = jax.tree.leaves(states)[0].shape[0]
+
+    def held(client):
+        place = client - n * jax.lax.axis_index(AXIS)
+        return (place >= 0) & (place < n), place
+
+    def stay(states, client, rows):
+        return visit(states, *held(client), rows)
+
+    def go_on(_, carry):
+        states, client, rows = carry
+        states, rows = stay(states, client, rows)
+        return states, *jax.lax.ppermute((client, rows), AXIS, ring)
+
+    def all_round(states, client, rows):
+        states, _, rows = jax.lax.fori_loop(0, devices, go_on, (states, client, rows))
+        return states, rows
+
+    at_home = jnp.all(held(client)[0] | (client == NOBODY))
+    everyone_is = jax.lax.psum(at_home, AXIS) == devices
+    return jax.lax.cond(everyone_is, stay, all_round, states, client, rows)
 
 
 def population_size(data: Data) -> int:
