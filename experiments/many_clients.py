@@ -110,7 +110,7 @@ def averages(federation: jaxfl.Federation) -> jaxfl.Federation:
 
 def measure(config: Settings, name: str, mode: str) -> dict:
     """One model, one mode, in this process."""
-    common.cores_as_devices()
+    jaxfl.cores_as_devices()
     data, test = population(config, mode)
     mesh = jaxfl.client_mesh() if len(jax.devices()) > 1 else None
     model = models.from_linen(MODELS[name](), test["x"][:1])
