@@ -236,3 +236,69 @@ def test_max_pool_shares_the_gradient_of_a_tie():
 def test_max_pool_refuses(window):
     with pytest.raises(ValueError, match="window must have one size"):
         max_pool(jnp.zeros((1, 9, 8, 1)), window)
+
+
+# --- Winograd's way, for 16 channels and more ---------------------------------
+
+
+def is_winograd(x, w, strides=(1, 1), **kwargs):
+    """Whether the matmul has a batch axis, the 6 evaluation points."""
+    program = jax.make_jaxpr(lambda x, w: matmul_conv(x, w, strides, "SAME", **kwargs))(
+        x, w
+    )
+    return "([0], [0])" in str(program)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", [(0, 3), (2, 1)]], ids=str)
+@pytest.mark.parametrize("width", [3, 4, 5])
+def test_winograd(width, padding):
+    """Also where the tiles do not fill the last one."""
+    x, w = normal(0, 2, 7, 9, 16), normal(1, 2, width, 16, 5)
+    assert is_winograd(x, w, dimension_numbers=NHWC)
+    same(x, w, (1, 1), padding, dimension_numbers=NHWC)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_winograd_in_other_dimensions(n):
+    x, w = normal(0, 2, 16, *(6, 5, 8)[:n]), normal(1, 3, 16, *(2, 1, 3)[-n:])
+    same(x, w, (1,) * n, "SAME")
+
+
+def test_winograd_layouts():
+    spec = ("HWNC", "IHWO", "CNHW")
+    x, w = normal(0, 8, 9, 2, 16), normal(1, 16, 3, 5, 4)
+    assert is_winograd(x, w, dimension_numbers=spec)
+    same(x, w, (1, 1), "SAME", dimension_numbers=spec)
+
+
+def test_what_is_not_winograds():
+    x, w = normal(0, 2, 8, 8, 16), normal(1, 3, 3, 16, 4)
+    assert is_winograd(x, w, dimension_numbers=NHWC)
+    half = jnp.bfloat16
+    for arguments, options in (
+        ((x, w, (1, 2)), {}),
+        ((x, w), {"rhs_dilation": (1, 2)}),
+        ((x[..., :8], w[:, :, :8]), {}),
+        ((x, normal(1, 3, 6, 16, 4)), {}),
+        ((x, normal(1, 3, 1, 16, 4)), {}),
+        ((x.astype(half), w.astype(half)), {}),
+    ):
+        assert not is_winograd(*arguments, **options, dimension_numbers=NHWC)
+
+
+def test_winograd_loses_few_digits():
+    """Less than four times the error of the plain sum, against float64."""
+    x, w = normal(0, 10, 14, 14, 32), normal(1, 5, 5, 32, 64)
+
+    def error(conv, x, w):
+        got = np.asarray(conv(x, w, (1, 1), "SAME", dimension_numbers=NHWC))
+        return np.abs(got - exact).max() / np.abs(exact).max()
+
+    padded = np.pad(np.asarray(x, np.float64), ((0, 0), (2, 2), (2, 2), (0, 0)))
+    exact = sum(
+        padded[:, i : i + 14, j : j + 14] @ np.asarray(w, np.float64)[i, j]
+        for i in range(5)
+        for j in range(5)
+    )
+    plain = error(lax.conv_general_dilated, x, w)
+    assert error(matmul_conv, x, w) < max(4 * plain, 4e-6)

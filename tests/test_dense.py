@@ -1,0 +1,112 @@
+"""fused_dot: the product, its derivatives, and that no gradient is stored."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from jaxfl import fused_dot
+
+MATMUL = (((1,), (0,)), ((), ()))
+
+
+def arrays(rows=10, inputs=30, columns=64, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (rows, inputs), (inputs, columns), (rows, columns)
+    return [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]
+
+
+def is_plain(x, w):
+    """Whether it is handed to `lax.dot_general` unchanged."""
+    return "custom_jvp" not in str(
+        jax.make_jaxpr(fused_dot, static_argnums=2)(x, w, MATMUL)
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+def test_the_product_and_its_gradients(dtype):
+    x, w, y = arrays(dtype=dtype)
+    assert not is_plain(x, w)
+
+    def by(dot):
+        out, pull = jax.vjp(lambda x, w: dot(x, w), x, w)
+        return out, pull(y)
+
+    got, want = by(lambda x, w: fused_dot(x, w, MATMUL)), by(jnp.matmul)
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.1
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype == dtype
+        np.testing.assert_allclose(
+            a.astype(np.float32), b.astype(np.float32), tolerance, tolerance
+        )
+
+
+def test_forward_mode_and_second_derivatives():
+    x, w, y = arrays(3, 4)
+
+    def by(dot):
+        def f(w):
+            return jnp.sum(jnp.tanh(dot(jnp.tanh(dot(x, w)), w.T)) ** 2)
+
+        forward = jax.jvp(f, (w,), (jnp.cos(w),))
+        hessian_product = jax.jvp(jax.grad(f), (w,), (jnp.sin(w),))
+        return forward, hessian_product
+
+    got, want = by(lambda x, w: fused_dot(x, w, MATMUL)), by(jnp.matmul)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-4), got, want)
+
+
+def test_each_client_has_weights_of_its_own():
+    x, w, y = arrays()
+    many = jnp.stack([w, 2 * w, -w])
+
+    def gradient(dot, w):
+        return jax.grad(lambda w: jnp.sum(y * jnp.tanh(dot(x, w))))(w)
+
+    got = jax.vmap(lambda w: gradient(lambda a, b: fused_dot(a, b, MATMUL), w))(many)
+    want = jax.vmap(lambda w: gradient(jnp.matmul, w))(many)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(17, 30, 64), (10, 30, 63)], ids=str)
+def test_large_batches_and_narrow_layers_are_plain(shape):
+    x, w, _ = arrays(*shape)
+    assert is_plain(x, w)
+    np.testing.assert_array_equal(fused_dot(x, w, MATMUL), x @ w)
+
+
+def test_other_contractions_are_plain():
+    x, w, _ = arrays()
+    got = fused_dot(x, w.T, (((1,), (1,)), ((), ())))
+    np.testing.assert_allclose(got, x @ w, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_a_wide_layer_is_never_stored():
+    """A compiled SGD step needs no room for it, as the one with a matmul does."""
+
+    def temporary(dot):
+        layer = nn.Dense(256, use_bias=False, dot_general=dot)
+        x = jnp.ones((10, 512))
+        w = jax.eval_shape(layer.init, jax.random.key(0), x)
+
+        def step(w):
+            slope = jax.grad(lambda w: jnp.sum(jnp.tanh(layer.apply(w, x))))(w)
+            return jax.tree.map(lambda w, g: w - 0.1 * g, w, slope)
+
+        compiled = (
+            jax.jit(step, donate_argnums=0)
+            .lower(w)
+            .compile({"xla_backend_optimization_level": "3"})
+        )
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    model = 4 * 512 * 256
+    assert temporary(fused_dot) < model / 4
+    assert temporary(jax.lax.dot_general) >= model
+
+
+def test_wrong_shapes_are_refused():
+    x, w, _ = arrays()
+    with pytest.raises(TypeError, match="contracting"):
+        fused_dot(x, w[1:], MATMUL)
