@@ -84,18 +84,35 @@ def population(config: Settings, mode: str) -> tuple[jaxfl.ClientData, dict]:
     return data, test
 
 
+class File:
+    """An array in a .npy file, a sixteenth of which is mapped at a time to be read.
+
+    Pages of a file count as a process's memory for as long as they are mapped, though
+    the system takes them back when it needs to.
+    """
+
+    def __init__(self, file: Path):
+        self.file, x = file, np.load(file, mmap_mode="r")
+        self.shape, self.dtype = x.shape, x.dtype
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        parts = np.array_split(rows, 16)  # which increase
+        return np.concatenate([np.load(self.file, mmap_mode="r")[p] for p in parts])
+
+
 def from_file(folder: Path, pool: dict, rows: np.ndarray) -> dict:
-    """These rows of the pool, written to a file unless it is there, and mapped."""
+    """These rows of the pool, written to a file unless they are there."""
     folder.mkdir(parents=True, exist_ok=True)
     file, shape = folder / f"x-{len(rows)}.npy", (len(rows), *pool["x"].shape[1:])
     if not file.exists():
         partial = file.with_suffix(".partial")
-        x = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-        for some in np.array_split(np.arange(len(rows)), 1 + len(rows) // 100_000):
-            x[some[0] : some[-1] + 1] = pool["x"][rows[some]]
-        x.flush()
+        with open(partial, "wb") as out:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(out, header)
+            for some in np.array_split(rows, 1 + len(rows) // 100_000):
+                out.write(pool["x"][some].tobytes())
         partial.rename(file)
-    return {"x": np.load(file, mmap_mode="r"), "y": pool["y"][rows]}
+    return {"x": File(file), "y": pool["y"][rows]}
 
 
 def averages(federation: jaxfl.Federation) -> jaxfl.Federation:

@@ -25,6 +25,7 @@ from jaxfl.round import (
     population_size,
 )
 from jaxfl.simulate import sample_cohort
+from jaxfl.stream import OnHost
 
 # Floating-point operations of one local step. Below the first, a CPU spends its time
 # between operations and not in them; above the second, one step fills all cores.
@@ -79,7 +80,7 @@ class Estimate(NamedTuple):
 def dry_run(
     federation: Federation,
     params: Params,
-    data: Data,
+    data: Data | OnHost,
     *,
     cohort_size: int | None = None,
 ) -> Estimate:
@@ -88,7 +89,7 @@ def dry_run(
     Args:
       federation: the composed round.
       params: the model, or its `jax.ShapeDtypeStruct`s.
-      data: the population's.
+      data: the population's; one `on_host` counts as if it were on the device.
       cohort_size: K; None for everyone.
 
     Returns:
@@ -107,6 +108,7 @@ def dry_run(
     >>> cost.bits_down, cost.bits_up, round(cost.utilisation, 2)  # 4 steps of 2 x 3
     (192.0, 192.0, 0.67)
     """
+    data = _population(data)
     k = _cohort_size(data, cohort_size)
     mesh = federation.mesh
     devices = 1 if mesh is None else mesh.size
@@ -129,7 +131,7 @@ def dry_run(
 def tune(
     federation: Federation,
     params: Params,
-    data: Data,
+    data: Data | OnHost,
     *,
     cohort_size: int | None = None,
     verbose: bool = True,
@@ -148,7 +150,7 @@ def tune(
     Args:
       federation: as from `federate`; its own plan is left aside.
       params: the model, or its `jax.ShapeDtypeStruct`s.
-      data: the population's.
+      data: the population's; one `on_host` counts as if it were on the device.
       cohort_size: K; None for everyone.
       verbose: whether to print the plan, and why it was chosen.
 
@@ -167,6 +169,7 @@ def tune(
     >>> tune(federation, jnp.float32(0), data, verbose=False).chunk_size
     10
     """
+    data = _population(data)
     k = _cohort_size(data, cohort_size)
     devices = jax.devices()[:k]  # more would have no client
     everywhere = client_mesh(devices) if len(devices) > 1 else None
@@ -222,6 +225,10 @@ def utilisation(
     return float(np.sum(work) / (longest * chunk * devices)) if longest else 1.0
 
 
+def _population(data: Data | OnHost) -> Data:
+    return data.data if isinstance(data, OnHost) else data
+
+
 def _cohort_size(data: Data, cohort_size: int | None) -> int:
     n = population_size(data)
     if cohort_size is not None and not 1 <= cohort_size <= n:
@@ -254,7 +261,7 @@ def _arguments(federation: Federation, params: Params, data: Data, k: int):
 def _round(federation: Federation, params: Params, data: Data, k: int):
     """The program of a round of K clients alike, without any plan."""
     if isinstance(data, ClientData):
-        size = math.ceil(np.mean(np.asarray(data.size)))
+        size = max(1, math.ceil(np.mean(np.asarray(data.size))))
         data = dataclasses.replace(data, shortest=size, longest=size)
     plain = federate(*federation.parts)
     arguments = _arguments(plain, _abstract(params), _abstract(data), k)

@@ -45,7 +45,9 @@ def on_host(data: ClientData, *, states: bool | str | os.PathLike = False) -> On
       data: the population's. Its examples are NumPy arrays, in memory or mapped from
         files (`np.load(file, mmap_mode="r")`), or anything that has `shape` and
         `dtype` and gives an array for `a[rows]`, with int `[B]` rows that increase
-        (an HDF5 data set does). They are read in one such operation a segment.
+        (an HDF5 data set does). They are read in one such operation a segment, in a
+        thread. Pages of a mapped file count as this process's memory until the system
+        needs it for something else.
       states: whether the clients' states `[N, ...]`, of algorithms and channels that
         have any, stay on the host too, and only those of a segment's clients go to
         the device and back. True keeps them in memory, of which a client never drawn

@@ -131,6 +131,14 @@ def test_ragged_clients_do_not_wait_for_the_longest(monkeypatch):
     assert chunk == plan.FEWEST and "useful" in reason
 
 
+def test_a_population_on_the_host_has_a_plan_too():
+    federation, params, data = network(models.two_nn())
+    tuned = jaxfl.tune(federation, params, jaxfl.on_host(data), verbose=False)
+    assert tuned.chunk_size == 1
+    cost = jaxfl.dry_run(federation, params, jaxfl.on_host(data))
+    assert cost == jaxfl.dry_run(federation, params, data)
+
+
 def test_cohort_sizes_are_checked():
     federation, params, data = network(models.logistic_regression())
     for function in (jaxfl.tune, jaxfl.dry_run):
