@@ -27,9 +27,9 @@ from jaxfl.round import (
 from jaxfl.simulate import sample_cohort
 from jaxfl.stream import OnHost
 
-# Floating-point operations of one local step. Below the first, a CPU spends its time
-# between operations and not in them; above the second, one step fills all cores.
-SMALL_STEP, LARGE_STEP = 2e6, 2e8
+# Floating-point operations of one local step, below which a CPU spends its time
+# between operations and not in them.
+SMALL_STEP = 2e6
 # Ragged clients wait for each other in a chunk, and an accelerator wants chunks.
 ENOUGH_USEFUL, FEWEST = 0.9, 8
 
@@ -138,11 +138,11 @@ def tune(
 ) -> Federation:
     """The same federation under the plan that suits this machine.
 
-    On a CPU, by the size of one local step: chunks of ten clients on each core where it
-    is tiny, one client after another on each core, or one client after another on all
-    cores where a single step keeps them busy. On an accelerator, as many clients at
-    once as its memory holds, by the compiler's account of at most three programs, and
-    as lets ragged clients waste at most a tenth of the steps (but not fewer than 8).
+    All devices, and on a CPU (see `cores_as_devices`) chunks of ten clients where a
+    local step is little work, else one client after another. On an accelerator, as many
+    clients at once as its memory holds, by the compiler's account of at most three
+    programs, and as lets ragged clients waste at most a tenth of the steps (but not
+    fewer than 8).
 
     The choice depends on the shapes, the sizes of the clients and the machine, and not
     on the clock, so that a run that is resumed there has the plan that it had.
@@ -172,24 +172,16 @@ def tune(
     data = _population(data)
     k = _cohort_size(data, cohort_size)
     devices = jax.devices()[:k]  # more would have no client
-    everywhere = client_mesh(devices) if len(devices) > 1 else None
+    mesh = client_mesh(devices) if len(devices) > 1 else None
     if jax.default_backend() == "cpu":
         step = _flops(_round(federation, params, data, 1), loops=False)
-        if step > LARGE_STEP:
-            chunk, mesh = 1, None
-            reason = f"as a local step of {step:.1g} FLOP keeps all cores busy"
-        elif step > SMALL_STEP:
-            chunk, mesh = 1, everywhere
-            reason = f"as a local step of {step:.1g} FLOP fits one core"
-        else:
-            chunk, mesh = 10, everywhere
-            reason = f"as a local step of {step:.1g} FLOP is little work"
+        chunk = 10 if step < SMALL_STEP else 1
+        much = "little" if step < SMALL_STEP else "much"
+        reason = f"as a local step of {step:.1g} FLOP is {much} work for a core"
     else:
-        mesh = everywhere
         chunk, reason = _largest_chunk(federation, params, data, k, mesh)
     if verbose:
-        on = 1 if mesh is None else mesh.size
-        print(f"plan: chunk_size={chunk} on {on} device(s), {reason}")
+        print(f"plan: chunk_size={chunk} on {len(devices)} device(s), {reason}")
     return federate(*federation.parts, chunk_size=chunk, mesh=mesh)
 
 
