@@ -284,12 +284,17 @@ def test_a_run_that_died_between_checkpoints(tmp_path, states):
 
 
 def test_states_whose_round_was_never_saved_are_not_used(tmp_path):
+    """The process died after writing states, before the round they are of."""
     data = jaxfl.on_host(population(), states=True)
-    run(data, 4, checkpoint=tmp_path, checkpoint_every=2)
-    orphan = (tmp_path / "clients" / f"{4:09d}.npz").read_bytes()
-    (tmp_path / "clients" / f"{6:09d}.npz").write_bytes(orphan)
-    run(data, 8, checkpoint=tmp_path, checkpoint_every=4)
-    assert_same_run(run(data, 8, checkpoint=tmp_path), run(population(), 8))
+    run(data, 4, checkpoint=tmp_path / "other", cohort_size=None)
+    orphan = (tmp_path / "other" / "clients" / f"{4:09d}.npz").read_bytes()
+    for died_at, rounds in (2, 4), (6, 8):
+        folder = tmp_path / "run" / "clients"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{died_at:09d}.npz").write_bytes(orphan)
+        run(data, rounds, checkpoint=tmp_path / "run", checkpoint_every=4)
+    got = run(data, 10, checkpoint=tmp_path / "run")
+    assert_same_run(got, run(population(), 10))
 
 
 def test_where_the_examples_are_does_not_matter_to_a_checkpoint(tmp_path):
