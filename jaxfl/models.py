@@ -321,6 +321,7 @@ def from_function(
     loss: Losses = cross_entropy,
     metrics: Measures = accuracy,
     preprocess: Callable[[jax.Array], jax.Array] = scale,
+    dtype: Any = None,
 ) -> Model:
     """A `Model` of two plain functions.
 
@@ -330,6 +331,10 @@ def from_function(
       loss: `(outputs, y) -> [B]`, one loss for each example.
       metrics: `(outputs, y) -> {name: [B]}`, to be reported beside the loss.
       preprocess: `x -> x`, before anything else.
+      dtype: what `apply` computes in, `jnp.bfloat16` for instance: it is given the
+        parameters and inputs in it, and its outputs are made float32. The parameters
+        themselves, their gradients and all optimisers stay as they are. None leaves
+        everything to `apply`.
 
     Returns:
       The model; make it once, as a function made anew is compiled anew.
@@ -355,7 +360,11 @@ def from_function(
         ) from error
 
     def outputs(params, x, key=None):
-        return apply(params, preprocess(x), key)
+        x = preprocess(x)
+        if dtype is None:
+            return apply(params, x, key)
+        params, x = _floats_to(dtype, (params, x))
+        return apply(params, x, key).astype(jnp.float32)
 
     def losses(params, batch, key):
         return loss(outputs(params, batch["x"], key), batch["y"]).astype(jnp.float32)
@@ -367,6 +376,15 @@ def from_function(
     return Model(init, outputs, losses, measures)
 
 
+def _floats_to(dtype: Any, tree: Any) -> Any:
+    """The tree with its floating-point leaves in a dtype, and others as they were."""
+
+    def leaf(x):
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(leaf, tree)
+
+
 def from_linen(
     module: nn.Module,
     example_x: Any,
@@ -374,6 +392,7 @@ def from_linen(
     loss: Losses = cross_entropy,
     metrics: Measures = accuracy,
     preprocess: Callable[[jax.Array], jax.Array] = scale,
+    dtype: Any = None,
 ) -> Model:
     """A `Model` of a Flax linen module.
 
@@ -388,6 +407,7 @@ def from_linen(
       loss: as in `from_function`.
       metrics: as in `from_function`.
       preprocess: as in `from_function`.
+      dtype: as in `from_function`.
 
     Returns:
       The model, whose params are the module's `"params"` collection.
@@ -422,7 +442,9 @@ def from_linen(
         rngs = None if key is None else {"params": key}
         return module.apply({"params": params}, x, rngs=rngs, **mode(key is not None))
 
-    return from_function(init, apply, loss=loss, metrics=metrics, preprocess=preprocess)
+    return from_function(
+        init, apply, loss=loss, metrics=metrics, preprocess=preprocess, dtype=dtype
+    )
 
 
 def from_nnx(
@@ -431,6 +453,7 @@ def from_nnx(
     loss: Losses = cross_entropy,
     metrics: Measures = accuracy,
     preprocess: Callable[[jax.Array], jax.Array] = scale,
+    dtype: Any = None,
 ) -> Model:
     """A `Model` of a Flax nnx module.
 
@@ -444,6 +467,7 @@ def from_nnx(
       loss: as in `from_function`.
       metrics: as in `from_function`.
       preprocess: as in `from_function`.
+      dtype: as in `from_function`.
 
     Returns:
       The model, whose params are nested dicts of arrays: the module's `nnx.Param`.
@@ -502,7 +526,9 @@ def from_nnx(
         module.eval() if key is None else module.train()
         return module(x, **mode(key is not None))
 
-    return from_function(init, apply, loss=loss, metrics=metrics, preprocess=preprocess)
+    return from_function(
+        init, apply, loss=loss, metrics=metrics, preprocess=preprocess, dtype=dtype
+    )
 
 
 def _mode_argument(module: type) -> Callable[[bool], dict[str, Any]]:

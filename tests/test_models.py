@@ -1,6 +1,7 @@
 """The zoo's sizes, the adapters' contract, and losses against float64 NumPy."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -261,3 +262,40 @@ def test_refuses_what_is_no_model():
         models.from_function(lambda key: (), lambda params, x: x)  # pyright: ignore
     with pytest.raises(ValueError, match="x must be images"):
         models.from_linen(models.cnn(), jnp.zeros((1, 784)))
+
+
+# --- precision --------------------------------------------------------------------
+
+
+def small(dtype=None, kind="linen"):
+    if kind == "nnx":
+        return models.from_nnx(functools.partial(nnx.Linear, 784, 10), dtype=dtype)
+    return models.from_linen(
+        models.mlp((64,)), np.zeros((1, 784), np.float32), dtype=dtype
+    )
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_computing_in_bfloat16(kind, key):
+    """Products are of bfloat16; what is trained, and what comes out, is float32."""
+    half, full = small(jnp.bfloat16, kind), small(None, kind)
+    params = half.init(key)
+    batch = {"x": jax.random.normal(key, (10, 784)), "y": jnp.arange(10)}
+
+    def slope(model):
+        return jax.grad(lambda p: jnp.mean(model.loss(p, batch, key)))(params)
+
+    program = str(jax.make_jaxpr(half.apply)(params, batch["x"]))
+    products = re.findall(r":(\w+)\[[\d,]*\] = dot_general", program)
+    assert products and set(products) == {"bf16"}
+    assert half.apply(params, batch["x"]).dtype == jnp.float32
+    leaves = jax.tree.leaves((params, slope(half)))
+    assert {x.dtype for x in leaves} == {jnp.dtype(jnp.float32)}
+    got, want = half.loss(params, batch, key), full.loss(params, batch, key)
+    assert (got != want).any()
+    np.testing.assert_allclose(got, want, rtol=0.02, atol=0.02)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0.1, atol=0.02),
+        slope(half),
+        slope(full),
+    )
