@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -41,25 +42,31 @@ def settings(presets: Mapping[str, Settings], description: str | None) -> Settin
     return tyro.cli(type(default), prog=prog, default=default, description=description)
 
 
-def execution_plan() -> dict[str, Any]:
-    """`chunk_size` and `mesh` for this machine, and says what they are.
+def in_processes(name: str, *each: Sequence[Any], timeout: float | None = None) -> list:
+    """What `python -m experiments.NAME` prints last, as JSON, one run for each
+    sequence of arguments, all at a time.
 
-    On a CPU one client after another on each core; on an accelerator all at once.
-    Call it before anything else uses JAX.
+    Raises:
+      RuntimeError: if one fails, with what it wrote to its standard error.
     """
-    jaxfl.cores_as_devices()
-    on_cpu = jax.default_backend() == "cpu"
-    several = len(jax.devices()) > 1
-    plan = {
-        "chunk_size": 1 if on_cpu else None,
-        "mesh": jaxfl.client_mesh() if several else None,
-    }
-    rich.print(
-        f"{len(jax.devices())} x {jax.devices()[0].device_kind}, "
-        f"chunk_size={plan['chunk_size']}, "
-        f"mesh={dict(plan['mesh'].shape) if several else None}"
-    )
-    return plan
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for arguments in each
+    ]
+    try:
+        printed = [process.communicate(timeout=timeout) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, arguments, (_, errors) in zip(started, each, printed, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"{name} {' '.join(map(str, arguments))}:\n{errors}")
+    return [json.loads(out.splitlines()[-1]) for out, _ in printed]
 
 
 def results_folder(name: str, root: str = "results") -> Path:

@@ -11,8 +11,6 @@ measured after every segment of rounds.
 import dataclasses
 import json
 import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -175,15 +173,12 @@ def measure(config: Settings, name: str, mode: str) -> dict:
 
 def in_own_process(config: Settings, name: str, mode: str) -> dict:
     options = dataclasses.asdict(config) | {"one": (name, mode)}
-    command = [sys.executable, "-m", "experiments.many_clients"]
+    arguments = []
     for option, value in options.items():
         if value is not None:
             values = value if isinstance(value, tuple | list) else (value,)
-            command += [f"--{option.replace('_', '-')}", *map(str, values)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{name} {mode} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+            arguments += [f"--{option.replace('_', '-')}", *values]
+    return common.in_processes("many_clients", arguments)[0]
 
 
 def draw(results: dict):

@@ -111,7 +111,7 @@ def rounds_to(target: float, accuracy: np.ndarray) -> float | None:
     return float(i + (target - best[i - 1]) / (best[i] - best[i - 1]))
 
 
-def curve(config, model, train, test, plan, partition, C, E, B, rate) -> np.ndarray:
+def curve(config, model, train, test, partition, C, E, B, rate) -> np.ndarray:
     """Test accuracy after each round, until the target is reached."""
     if partition == "iid":
         ids = iid(train["y"], num_clients=CLIENTS, seed=config.seed)
@@ -121,13 +121,15 @@ def curve(config, model, train, test, plan, partition, C, E, B, rate) -> np.ndar
         model.loss, optax.sgd(rate), batch_size=B or None, epochs=E
     )
     cohort = max(1, round(C * CLIENTS))
-    few = cohort == 1
-    federation = jaxfl.federate(algorithm, jaxfl.mean(), **({} if few else plan))
+    data = from_arrays(train["x"], train["y"], ids, CLIENTS)
     key = jax.random.key(config.seed)
+    params = model.init(jax.random.fold_in(key, 1))
+    federation = jaxfl.federate(algorithm, jaxfl.mean())
+    federation = jaxfl.tune(federation, params, data, cohort_size=cohort)
     _, history = jaxfl.simulate(
         federation,
-        model.init(jax.random.fold_in(key, 1)),
-        from_arrays(train["x"], train["y"], ids, CLIENTS),
+        params,
+        data,
         rounds=config.max_rounds,
         cohort_size=cohort,
         key=key,
@@ -170,7 +172,7 @@ def main() -> None:
     target = config.target or standard
     comparable = target == standard and config.data != "embedded"
     config = dataclasses.replace(config, target=target)
-    plan = common.execution_plan()
+    jaxfl.cores_as_devices()
     train, test = mnist(config.data)
     test = jax.tree.map(jnp.asarray, test)
     network = models.two_nn() if config.model == "2nn" else models.cnn()
@@ -182,7 +184,7 @@ def main() -> None:
         partition, C, E, B = cell
         best = (None, None, None)
         for rate in config.learning_rates:
-            accuracy = curve(config, model, train, test, plan, *cell, rate)
+            accuracy = curve(config, model, train, test, *cell, rate)
             reached = rounds_to(target, accuracy)
             if best[2] is None or (reached or np.inf) < (best[0] or np.inf):
                 best = (reached, rate, accuracy)

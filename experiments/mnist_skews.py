@@ -71,7 +71,7 @@ def case_name(bias: float) -> str:
     return f"dominant_{100 * bias:g}" if bias else "uniform"
 
 
-def run_case(config, model, train, test, bias, plan):
+def run_case(config, model, train, test, bias):
     """All seeds of one case as one program; accuracy and loss, `[seeds, rounds]`."""
     x, y = jnp.asarray(train["x"]), jnp.asarray(train["y"])
     partitions = []
@@ -91,8 +91,9 @@ def run_case(config, model, train, test, bias, plan):
             epochs=config.epochs,
         ),
         jaxfl.mean(),
-        **({} if bias is None else plan),
     )
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    federation = jaxfl.tune(federation, params, partitions[0])
     test = jax.tree.map(jnp.asarray, test)
     evaluate = jaxfl.on_server(model.metrics, test, mesh=federation.mesh)
 
@@ -160,16 +161,16 @@ def label(name: str) -> str:
 
 def main() -> None:
     config = common.settings(PRESETS, __doc__)
-    plan = common.execution_plan()
+    jaxfl.cores_as_devices()
     train, test = mnist(config.data)
     model = models.from_linen(
         models.mlp(config.hidden, init=models.torch_uniform),
         train["x"][:1],
         preprocess=models.standardize(0.1307, 0.3081),
     )
-    curves = {"pooled": run_case(config, model, train, test, None, plan)}
+    curves = {"pooled": run_case(config, model, train, test, None)}
     for bias in config.biases:
-        curves[case_name(bias)] = run_case(config, model, train, test, bias, plan)
+        curves[case_name(bias)] = run_case(config, model, train, test, bias)
 
     folder = common.results_folder("mnist_skews")
     summary = summarise(config, curves)

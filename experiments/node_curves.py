@@ -126,7 +126,7 @@ def draw(config, c):
 
 def main() -> None:
     config = common.settings(PRESETS, __doc__)
-    plan = common.execution_plan()
+    jaxfl.cores_as_devices()
     train, test = mnist(config.data)
     heldout = jax.tree.map(lambda a: jnp.asarray(a[: config.heldout]), test)
     data = from_arrays(
@@ -143,9 +143,14 @@ def main() -> None:
         preprocess=models.standardize(0.1307, 0.3081),
     )
     key = jax.random.key(config.seed)
+    optimizer = optax.sgd(config.learning_rate, momentum=config.momentum)
+    federation = jaxfl.federate(
+        jaxfl.fedavg(model.loss, optimizer, batch_size=config.batch_size), jaxfl.mean()
+    )
+    federation = jaxfl.tune(federation, jax.eval_shape(model.init, key), data)
     comparison = jaxfl.compare(
         model,
-        optax.sgd(config.learning_rate, momentum=config.momentum),
+        optimizer,
         data,
         heldout,
         rounds=config.rounds,
@@ -153,7 +158,8 @@ def main() -> None:
         probes=config.probes,
         batch_size=config.batch_size,
         epochs=config.epochs,
-        **plan,
+        chunk_size=federation.chunk_size,
+        mesh=federation.mesh,
     )
     c = curves(comparison)
 

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 from typing import Literal
@@ -52,11 +51,7 @@ def measure(config: Settings, process: int, processes: int, port: int) -> list[f
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
     work = speed.WORKLOADS[config.workload]
-    rng = np.random.default_rng(0)
-    total = work.clients * work.examples
-    x = rng.integers(0, 256, (total, 28, 28, 1), np.uint8)
-    y = rng.integers(0, 10, total).astype(np.int32)
-    one_round = speed.with_jaxfl(work, "jaxfl, mesh, one by one", x, y)
+    one_round = speed.with_jaxfl(work, "jaxfl, mesh, one by one", *speed.pixels(work))
     seconds = []
     for i in range(1 + config.rounds):
         start = time.perf_counter()
@@ -72,28 +67,10 @@ def in_own_processes(config: Settings, processes: int) -> list[float]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "experiments.processes", "--preset", config.preset),
-        *("--workload", config.workload, "--rounds", str(config.rounds), "--one"),
-    ]
-    started = [
-        subprocess.Popen(
-            [*command, *map(str, (process, processes, port))],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(processes)
-    ]
-    try:
-        printed = [process.communicate(timeout=600) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, (_, errors) in zip(started, printed, strict=True):
-        if process.returncode:
-            raise RuntimeError(f"{processes} processes failed:\n{errors}")
-    return json.loads(printed[0][0].splitlines()[-1])
+    settings = ("--preset", config.preset, "--workload", config.workload)
+    settings += ("--rounds", config.rounds, "--one")
+    each = [(*settings, process, processes, port) for process in range(processes)]
+    return common.in_processes("processes", *each, timeout=600)[0]
 
 
 def draw(seconds: dict[int, list[float]]):

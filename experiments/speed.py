@@ -24,7 +24,6 @@ memory are its own, and the rows take turns, as other load on a machine comes an
 import dataclasses
 import json
 import resource
-import subprocess
 import sys
 import time
 from typing import Literal
@@ -180,6 +179,14 @@ def client_ids(work: Workload) -> np.ndarray:
     return np.repeat(np.arange(work.clients), sizes)
 
 
+def pixels(work: Workload) -> tuple[np.ndarray, np.ndarray]:
+    """Random images and labels, as many as the population has."""
+    rng = np.random.default_rng(0)
+    total = len(client_ids(work))
+    x = rng.integers(0, 256, (total, 28, 28, 1), np.uint8)
+    return x, rng.integers(0, 10, total).astype(np.int32)
+
+
 def with_jaxfl(work: Workload, row: str, x, y):
     """A round of jaxfl: sampling, training, averaging, and every client's metrics."""
     network = {
@@ -195,8 +202,7 @@ def with_jaxfl(work: Workload, row: str, x, y):
         if row == PRIVATE
         else jaxfl.mean(),
     )
-    ids = client_ids(work)
-    data = from_arrays(x[: len(ids)], y[: len(ids)], ids)
+    data = from_arrays(x, y, client_ids(work))
     params = model.init(jax.random.key(0))
     if row in PLANS:
         chunk, over_mesh = PLANS[row]
@@ -241,10 +247,7 @@ def measure(config: Settings) -> dict:
         jaxfl.cores_as_devices()
     work = WORKLOADS[name]
     flops = flops_of_round(baselines.Network(work.model), work)
-    rng = np.random.default_rng(0)
-    total = max(60_000, work.clients * work.examples)
-    x = rng.integers(0, 256, (total, 28, 28, 1), np.uint8)
-    y = rng.integers(0, 10, total).astype(np.int32)
+    x, y = pixels(work)
     one_round = (with_jaxfl if row in OURS else hand_written)(work, row, x, y)
     del x, y
     first = timed(lambda: one_round(0))
@@ -267,15 +270,9 @@ def measure(config: Settings) -> dict:
 
 
 def in_own_process(name: str, row: str, config: Settings) -> dict:
-    command = [
-        *(sys.executable, "-m", "experiments.speed", "--preset", config.preset),
-        *("--workloads", name, "--rows", row, "--one"),
-        *("--rounds", str(config.rounds), "--seconds", str(config.seconds)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{name} {row} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    arguments = ("--preset", config.preset, "--workloads", name, "--rows", row, "--one")
+    arguments += ("--rounds", config.rounds, "--seconds", config.seconds)
+    return common.in_processes("speed", arguments)[0]
 
 
 def together(turns: list[dict]) -> dict:

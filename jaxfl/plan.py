@@ -24,8 +24,8 @@ from jaxfl.round import (
     message_shapes,
     population_size,
 )
-from jaxfl.simulate import sample_cohort
-from jaxfl.stream import OnHost
+from jaxfl.simulate import checked_cohort_size, sample_cohort
+from jaxfl.stream import OnHost, population_of
 
 # Floating-point operations of one local step, below which a CPU spends its time
 # between operations and not in them.
@@ -108,8 +108,8 @@ def dry_run(
     >>> cost.bits_down, cost.bits_up, round(cost.utilisation, 2)  # 4 steps of 2 x 3
     (192.0, 192.0, 0.67)
     """
-    data = _population(data)
-    k = _cohort_size(data, cohort_size)
+    data = population_of(data)
+    k = checked_cohort_size(cohort_size, population_size(data))
     mesh = federation.mesh
     devices = 1 if mesh is None else mesh.size
     abstract = _abstract(params), _abstract(data)
@@ -169,8 +169,8 @@ def tune(
     >>> tune(federation, jnp.float32(0), data, verbose=False).chunk_size
     10
     """
-    data = _population(data)
-    k = _cohort_size(data, cohort_size)
+    data = population_of(data)
+    k = checked_cohort_size(cohort_size, population_size(data))
     devices = jax.devices()[:k]  # more would have no client
     mesh = client_mesh(devices) if len(devices) > 1 else None
     if jax.default_backend() == "cpu":
@@ -215,17 +215,6 @@ def utilisation(
     order = np.asarray(execution_order(jnp.asarray(padded), chunk, devices))
     longest = padded[order].reshape(devices, -1, chunk).max(2).sum(1).max()
     return float(np.sum(work) / (longest * chunk * devices)) if longest else 1.0
-
-
-def _population(data: Data | OnHost) -> Data:
-    return data.data if isinstance(data, OnHost) else data
-
-
-def _cohort_size(data: Data, cohort_size: int | None) -> int:
-    n = population_size(data)
-    if cohort_size is not None and not 1 <= cohort_size <= n:
-        raise ValueError(f"cohort_size must be between 1 and {n}, got {cohort_size}.")
-    return n if cohort_size is None else cohort_size
 
 
 def _typical_sizes(data: Data, k: int) -> np.ndarray:

@@ -41,8 +41,7 @@ NOBODY = jnp.iinfo(jnp.int32).max
 def client_mesh(devices: Sequence[Any] | None = None, *, model: int = 1) -> Mesh:
     """A mesh that spreads clients over devices, all of them by default.
 
-    On a CPU, `jax.config.update("jax_num_cpu_devices", cores)` before JAX is used
-    makes each core a device, the fastest way to run many small clients there.
+    On a CPU, `cores_as_devices()` before JAX is used makes each core a device.
 
     For a client that is larger than a device, `model` devices together hold and train
     each one. How its parameters are split over them the user says, by

@@ -21,7 +21,14 @@ from jaxfl.core import Cohort, Data, Federation, Info, Params, State
 from jaxfl.data.federated import ClientData
 from jaxfl.history import History, concatenate
 from jaxfl.round import AXIS, are_spread, population_size, select_clients
-from jaxfl.stream import HostStates, OnHost, gather, placeholder, prefetch
+from jaxfl.stream import (
+    HostStates,
+    OnHost,
+    gather,
+    placeholder,
+    population_of,
+    prefetch,
+)
 
 PyTree = Any
 Evaluate = Callable[[State], dict[str, jax.Array]]
@@ -53,19 +60,27 @@ def sample_cohort(
     True
     """
     n = population_size(data)
-    if size is not None and not 1 <= size <= n:
-        raise ValueError(f"cohort_size must be between 1 and {n}, got {size}.")
+    size = checked_cohort_size(size, n)
     if weight is None:
         weight = data.size if isinstance(data, ClientData) else jnp.ones(n)
     if jnp.shape(weight) != (n,):
         raise ValueError(f"weight must have shape ({n},), got {jnp.shape(weight)}.")
     weight = jnp.asarray(weight, jnp.float32)
-    if size is None or size == n:
+    if size == n:
         return Cohort(jnp.arange(n, dtype=jnp.int32), data, weight, jnp.ones(n, bool))
     client = draw_clients(key, n, size)
     return Cohort(
         client, select_clients(data, client), weight[client], jnp.ones(size, bool)
     )
+
+
+def checked_cohort_size(cohort_size: int | None, n: int) -> int:
+    """K, which is N if it is not given; a ValueError unless it is from 1 to N."""
+    if cohort_size is None:
+        return n
+    if not 1 <= cohort_size <= n:
+        raise ValueError(f"cohort_size must be between 1 and {n}, got {cohort_size}.")
+    return cohort_size
 
 
 def draw_clients(key: jax.Array, n: int, size: int) -> jax.Array:
@@ -320,13 +335,13 @@ def simulate(
     >>> history.clients.metrics["loss"].shape  # every round, every client
     (4, 4)
     """
-    n = population_size(data.data if isinstance(data, OnHost) else data)
+    given = population_of(data)
+    n = population_size(given)
     if until is not None and evaluate is None:
         raise ValueError("until needs evaluate: it judges what evaluate returned.")
     _check_arguments(n, rounds, key, cohort_size, weight, every, checkpoint_every)
     if evaluate is not None and not isinstance(evaluate, jax.tree_util.Partial):
         evaluate = jax.tree_util.Partial(evaluate)
-    given = data.data if isinstance(data, OnHost) else data
     sample_key = jax.random.split(key)[0]  # on this process's own device
     params, weight, key, evaluate = _place((params, weight, key, evaluate), federation)
     size = None if cohort_size == n else cohort_size
@@ -546,8 +561,7 @@ def _check_arguments(n, rounds, key, cohort_size, weight, every, checkpoint_ever
     for name, value in (("rounds", rounds), ("every", every)):
         if not isinstance(value, numbers.Integral) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    if cohort_size is not None and not 1 <= cohort_size <= n:
-        raise ValueError(f"cohort_size must be between 1 and {n}, got {cohort_size}.")
+    checked_cohort_size(cohort_size, n)
     if weight is not None:
         if np.shape(weight) != (n,):
             raise ValueError(f"weight must have shape ({n},), got {np.shape(weight)}.")

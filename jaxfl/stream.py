@@ -98,6 +98,11 @@ def on_host(data: ClientData, *, states: bool | str | os.PathLike = False) -> On
     return OnHost(data, states)
 
 
+def population_of(data: PyTree | OnHost) -> PyTree:
+    """The population's data, wherever it is."""
+    return data.data if isinstance(data, OnHost) else data
+
+
 def gather(data: ClientData, client: np.ndarray) -> ClientData:
     """The data of these clients, and of no others, on the host.
 

@@ -151,12 +151,7 @@ def without(name, absent):
 
 def bare(tree):
     """Random keys as integers, to compare."""
-
-    def leaf(x):
-        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(x) if is_key else x)
-
-    return jax.tree.map(leaf, tree)
+    return jax.tree.map(np.asarray, jaxfl.tree.without_keys(tree))
 
 
 def assert_close(got, want, rtol=1e-5, atol=1e-5):
@@ -300,17 +295,7 @@ def test_vmap_over_seeds_and_hyper_parameters(name):
             key=jax.random.key(seed),
             cohort_size=4,
         )
-        return bare_traced(state), info.sent
-
-    def bare_traced(tree):
-        return jax.tree.map(
-            lambda x: (
-                jax.random.key_data(x)
-                if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-                else x
-            ),
-            tree,
-        )
+        return jaxfl.tree.without_keys(state), info.sent
 
     h, seeds = jnp.array([0.5, 1.0, 1.0]), jnp.array([3, 3, 4])
     together = jax.jit(jax.vmap(whole_run))(h, seeds)
