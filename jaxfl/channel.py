@@ -4,6 +4,8 @@
 at the server, so that a channel surrounds all that stand to its right.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxfl import tree
-from jaxfl.core import Channel, Context, Message, Payload
+from jaxfl.core import Channel, Context, Message, Payload, PyTree, pass_on
 
 
 def chain(*channels: Channel) -> Channel:
@@ -46,14 +48,20 @@ def chain(*channels: Channel) -> Channel:
         return layers[0]
 
     def init(payload):
-        states = [layer.init(payload) for layer in layers]
+        states = []
+        for layer in layers:
+            states.append(layer.init(payload))
+            payload = layer.sends(payload)
         return tuple(s for s, _ in states), tuple(c for _, c in states)
+
+    def sends(payload):
+        return functools.reduce(lambda x, layer: layer.sends(x), layers, payload)
 
     def encode(ctx, message, server_state, client_state):
         states, reports = [], []
         for i, layer in enumerate(layers):
             message, state, report = layer.encode(
-                _at(ctx, i), message, server_state[i], client_state[i]
+                at_layer(ctx, i), message, server_state[i], client_state[i]
             )
             states.append(state)
             reports.append(report)
@@ -63,17 +71,20 @@ def chain(*channels: Channel) -> Channel:
         states = list(server_state)
         for i, layer in reversed(list(enumerate(layers))):
             payload, states[i] = layer.decode(
-                _at(ctx, i), payload, server_state[i], report[i]
+                at_layer(ctx, i), payload, server_state[i], report[i]
             )
         return payload, tuple(states)
 
-    return Channel(
-        init, encode, decode, tuple(layers), any(layer.of_sums for layer in layers)
+    of_sums = any(layer.of_sums for layer in layers)
+    return Channel(init, encode, decode, tuple(layers), of_sums, sends)
+
+
+def at_layer(ctx: Context, layer: int) -> Context:
+    """The context of one layer, whose keys are its own."""
+    return ctx._replace(
+        key=jax.random.fold_in(ctx.key, layer),
+        shared_key=jax.random.fold_in(ctx.shared_key, layer),
     )
-
-
-def _at(ctx: Context, layer: int) -> Context:
-    return ctx._replace(key=jax.random.fold_in(ctx.key, layer))
 
 
 def identity() -> Channel:
@@ -108,8 +119,8 @@ def mean(denominator: float | None = None) -> Channel:
     >>> from jaxfl.core import Message
     >>> update = Message(jnp.array([2.0, 4.0]), jnp.float32(3.0), jnp.float32(64.0))
     >>> message, _, report = mean().encode(None, update, (), ())
-    >>> message.payload.tolist(), message.bits.item(), report["weight"].item()
-    ([6.0, 12.0], 96.0, 3.0)
+    >>> message.payload.tolist(), message.header.item(), report["weight"].item()
+    ([6.0, 12.0], 32.0, 3.0)
     >>> payload, _ = mean().decode(None, message.payload, (), report)
     >>> payload.tolist()  # of one client: its own update again
     [2.0, 4.0]
@@ -129,14 +140,14 @@ def mean(denominator: float | None = None) -> Channel:
     def encode(ctx, message, server_state, client_state):
         message = message._replace(
             payload=tree.scale(message.weight, message.payload),
-            bits=message.bits + 32.0 * (message.weight > 0),
+            header=message.header + 32.0 * (message.weight > 0),
         )
         return message, client_state, {"weight": message.weight}
 
     def decode(ctx, payload, server_state, report):
         weight = report["weight"]
-        share = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
-        return tree.scale(share, payload), server_state
+        average = tree.divide(payload, jnp.where(weight > 0, weight, 1.0))
+        return tree.mask(weight > 0, average), server_state
 
     return Channel(_floats_only, encode, decode, of_sums=True)
 
@@ -146,32 +157,77 @@ def _floats_only(payload):
     return (), ()
 
 
-def gate(should_send: Callable[[Context, Payload], jax.Array]) -> Channel:
-    """Sends a message only if a predicate of its payload holds; else it is dropped.
+def gate(
+    should_send: Callable[[Context, Payload], jax.Array], *, keep: bool
+) -> Channel:
+    """Sends a message only if a predicate of its payload holds.
 
     Client sends: one bit that says whether a message follows, and the message if so.
-    Server sees: who sent. A withheld update is not kept for later.
+    Server sees: who sent.
 
     Args:
       should_send: `(ctx, payload) -> bool []`.
+      keep: whether what is withheld is added to the client's next payload, before the
+        predicate sees it, or dropped.
 
     >>> from jaxfl.core import Message
-    >>> big = gate(lambda ctx, payload: optax.tree.norm(payload) > 1.0)
-    >>> small = Message(jnp.array([0.1]), jnp.float32(5.0), jnp.float32(32.0))
-    >>> message, _, _ = big.encode(None, small, (), ())
-    >>> message.weight.item(), message.bits.item()
-    (0.0, 1.0)
+    >>> big = gate(lambda ctx, payload: optax.tree.norm(payload) > 1.0, keep=True)
+    >>> small = Message(jnp.array([0.75]), jnp.float32(5.0), jnp.float32(32.0))
+    >>> _, kept = big.init(small.payload * 0)
+    >>> message, kept, _ = big.encode(None, small, (), kept)
+    >>> message.weight.item(), message.bits.item(), message.header.item()
+    (0.0, 0.0, 1.0)
+    >>> message, kept, _ = big.encode(None, small, (), kept)
+    >>> message.payload.tolist(), message.weight.item(), kept.tolist()
+    ([1.5], 5.0, [0.0])
     """
 
-    def encode(ctx, message, server_state, client_state):
-        send = (message.weight > 0) & should_send(ctx, message.payload)
+    def decide(ctx, payload, server_state):
+        return should_send(ctx, payload), {}
+
+    return gate_by(decide, keep=keep)
+
+
+def gate_by(
+    decide: Callable,
+    *,
+    keep: bool,
+    init: Callable = lambda payload: (),
+    decode: Callable = pass_on,
+) -> Channel:
+    """A gate that reports what it decides by, and may look at a state of the server.
+
+    Args:
+      decide: `(ctx, payload, server_state) -> (bool [], report)`.
+      keep: see `gate`.
+      init: `payload -> server_state`.
+      decode: as a channel's.
+    """
+
+    def both(payload):
+        return init(payload), payload if keep else ()
+
+    def encode(ctx, message, server_state, kept):
+        message = with_kept(message, kept)
+        send, report = decide(ctx, message.payload, server_state)
+        send &= message.weight > 0
+        if jax.tree.leaves(kept):
+            kept = tree.mask(~send, message.payload)
         message = message._replace(
             weight=jnp.where(send, message.weight, 0.0),
-            bits=jnp.where(send, message.bits, 0.0) + 1.0,
+            bits=jnp.where(send, message.bits, 0.0),
+            header=jnp.where(send, message.header, 0.0) + 1.0,
         )
-        return message, client_state, {"open": send}
+        return message, kept, report | {"open": send}
 
-    return Channel(encode=encode)
+    return Channel(both, encode, decode)
+
+
+def with_kept(message: Message, kept: Payload) -> Message:
+    """A message with what was kept from before; `kept` is `()` if nothing ever is."""
+    if not jax.tree.leaves(kept):
+        return message
+    return message._replace(payload=optax.tree.add(message.payload, kept))
 
 
 def tap(name: str = "tap") -> Channel:
@@ -196,21 +252,24 @@ def tap(name: str = "tap") -> Channel:
     return Channel(encode=encode)
 
 
-def on(part: str, channel: Channel) -> Channel:
-    """Applies a channel to one entry of a payload that is a dictionary.
+def on(part: str | Callable[[str], bool], channel: Channel) -> Channel:
+    """Applies a channel to one entry of a payload, or to some of its arrays.
 
-    The inner channel sees a message of that entry alone. If it withholds it, zeros go
+    The inner channel sees a message of that part alone. If it withholds it, zeros go
     in its place and the rest of the message is sent as before; another change of its
-    weight is the inner channel's own affair. The entry's bits are counted as those of
-    its arrays, so put `on` left of any codec of the whole, and one on an entry.
+    weight is the inner channel's own affair. The part's bits are counted as those of
+    its arrays, so put `on` left of any codec of the whole, and one on a part.
 
     Args:
-      part: the entry's key.
+      part: the key of an entry, of a payload that is a dictionary; or a predicate of
+        an array's path, such as "params/Dense_0/kernel": the inner channel then sees a
+        dictionary of the arrays that are chosen, by path, and must send one as well.
       channel: what to do with it.
 
     Raises:
-      TypeError: when the payload is not a dictionary.
-      ValueError: when it has no such entry.
+      TypeError: when the payload is not a dictionary; when the channel does not send an
+        array for each that is chosen.
+      ValueError: when it has no such entry, or no array is chosen.
 
     >>> from jaxfl import clip
     >>> from jaxfl.core import Message
@@ -219,33 +278,94 @@ def on(part: str, channel: Channel) -> Channel:
     >>> message, _, _ = on("model", clip(0.5)).encode(None, update, (), ())
     >>> jax.tree.map(lambda x: x.round(3).tolist(), message.payload)
     {'control': [9.0], 'model': [0.3, 0.4]}
+    >>> kernels = on(lambda path: path.endswith("kernel"), clip(0.5))
+    >>> payload = {"dense": {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([9.0])}}
+    >>> message, _, _ = kernels.encode(None, update._replace(payload=payload), (), ())
+    >>> jax.tree.map(lambda x: x.round(3).tolist(), message.payload)
+    {'dense': {'bias': [9.0], 'kernel': [0.3, 0.4]}}
     """
+    check, take, put = _entry(part) if isinstance(part, str) else _arrays(part)
 
     def init(payload):
-        if not isinstance(payload, dict):
-            raise TypeError(f"on({part!r}): payload must be a dict, got {payload!r}.")
-        if part not in payload:
-            raise ValueError(f"on({part!r}): payload has only {sorted(payload)}.")
-        return channel.init(payload[part])
+        check(payload, channel)
+        return channel.init(take(payload))
 
     def encode(ctx, message, server_state, client_state):
-        entry = message.payload[part]
-        bits = jnp.where(message.weight > 0, jnp.float32(tree.num_bits(entry)), 0.0)
-        inner, client_state, report = channel.encode(
-            ctx, Message(entry, message.weight, bits), server_state, client_state
+        entry = take(message.payload)
+        inner, client_state, report = encode_part(
+            channel, ctx, entry, message.weight, server_state, client_state
         )
-        sent = inner.weight > 0
+        plain = jnp.where(message.weight > 0, jnp.float32(tree.num_bits(entry)), 0.0)
         message = message._replace(
-            payload=message.payload | {part: tree.mask(sent, inner.payload)},
-            bits=message.bits - bits + inner.bits,
+            payload=put(message.payload, inner.payload),
+            bits=message.bits - plain + inner.bits,
+            header=message.header + inner.header,
         )
-        return message, client_state, tree.mask(sent, report)
+        return message, client_state, report
 
     def decode(ctx, payload, server_state, report):
-        entry, server_state = channel.decode(ctx, payload[part], server_state, report)
-        return payload | {part: entry}, server_state
+        entry, server_state = channel.decode(ctx, take(payload), server_state, report)
+        return put(payload, entry), server_state
 
-    return Channel(init, encode, decode, of_sums=channel.of_sums)
+    def sends(payload):
+        return put(payload, channel.sends(take(payload)))
+
+    return Channel(init, encode, decode, of_sums=channel.of_sums, sends=sends)
+
+
+def _entry(key: str):
+    """How to check for, take and put an entry of a dictionary."""
+
+    def check(payload, channel):
+        if not isinstance(payload, dict):
+            raise TypeError(f"on({key!r}): payload must be a dict, got {payload!r}.")
+        if key not in payload:
+            raise ValueError(f"on({key!r}): payload has only {sorted(payload)}.")
+
+    def put(payload, entry):
+        return payload | {key: entry}
+
+    return check, operator.itemgetter(key), put
+
+
+def _arrays(chosen: Callable[[str], bool]):
+    """How to check for, take and put the arrays whose path is chosen."""
+
+    def named(payload):
+        leaves = jax.tree_util.tree_leaves_with_path(payload)
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): x
+            for path, x in leaves
+        }
+
+    def take(payload):
+        return {path: x for path, x in named(payload).items() if chosen(path)}
+
+    def check(payload, channel):
+        if not take(payload):
+            raise ValueError(f"on: part chooses none of {[*named(payload)]}.")
+        sent = jax.eval_shape(channel.sends, take(payload))
+        if jax.tree.structure(sent) != jax.tree.structure(take(payload)):
+            raise TypeError("on: channel must send one array for each that is chosen.")
+
+    def put(payload, arrays):
+        every = named(payload) | arrays
+        return jax.tree.structure(payload).unflatten(every.values())
+
+    return check, take, put
+
+
+def encode_part(
+    channel: Channel, ctx: Context, part: Payload, weight, server_state, client_state
+) -> tuple[Message, PyTree, PyTree]:
+    """A channel's encode of a part of a payload: if withheld, zeros go in its place."""
+    bits = jnp.where(weight > 0, jnp.float32(tree.num_bits(part)), 0.0)
+    message, client_state, report = channel.encode(
+        ctx, Message(part, weight, bits), server_state, client_state
+    )
+    sent = message.weight > 0
+    message = message._replace(payload=tree.mask(sent, message.payload))
+    return message, client_state, tree.mask(sent, report)
 
 
 def at_client(transform: optax.GradientTransformation) -> Channel:

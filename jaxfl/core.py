@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxfl import tree
+
 PyTree = Any
 Params = PyTree
 Payload = PyTree
@@ -34,6 +36,7 @@ class Context(NamedTuple):
       roster: int32 `[K]`, population ids of the cohort.
       alive: bool `[K]`, who of the roster takes part to the end.
       population: int32 `[]`, N.
+      broadcast: what came down to every client of the cohort at the round's start.
     """
 
     key: jax.Array
@@ -43,21 +46,25 @@ class Context(NamedTuple):
     roster: jax.Array
     alive: jax.Array
     population: jax.Array
+    broadcast: PyTree = ()
 
 
 class Message(NamedTuple):
-    """What one client sends.
+    """What one client sends, `bits + header` long.
 
     Attributes:
       payload: pytree of arrays, or of anything a channel made of it.
       weight: float32 `[]`, its share in a weighted mean; 0 means nothing was sent.
-      bits: float32 `[]`, the length of its encoding; exact up to 2^24, and above
-        that to one part in 2^24.
+      bits: float32 `[]`, the length of the payload's encoding, which each codec that
+        it passes sets anew; exact up to 2^24, and above that to one part in 2^24.
+      header: float32 `[]`, the length of all that is sent beside the payload, such as
+        its weight, or the flag of a gate.
     """
 
     payload: Payload
     weight: jax.Array
     bits: jax.Array
+    header: jax.Array | float = 0.0
 
 
 class Cohort(NamedTuple):
@@ -99,10 +106,18 @@ def whole_state(server_state: PyTree) -> PyTree:
     return server_state
 
 
-def keep(server_state: PyTree, client_state: PyTree, delivered: jax.Array) -> PyTree:
-    """The default receive: a client's state is not touched by the aggregate."""
-    del server_state, delivered
+def keep(
+    broadcast: PyTree, payload: Payload, client_state: PyTree, delivered: jax.Array
+) -> PyTree:
+    """The default receive: nothing of the aggregate is given back to the clients."""
+    del broadcast, payload, delivered
     return client_state
+
+
+def every_bit(ctx: Context, server_state: PyTree, client_state: PyTree) -> jax.Array:
+    """The default length of a broadcast: it is sent whole, in its own dtypes."""
+    del server_state, client_state
+    return jnp.float32(tree.num_bits(ctx.broadcast))
 
 
 class Algorithm(NamedTuple):
@@ -115,9 +130,13 @@ class Algorithm(NamedTuple):
         metrics)`, with `data` one client's.
       server: `(ctx, server_state, outcome) -> server_state`; not called on to change
         anything in a round in which nothing is delivered.
-      receive: `(server_state, client_state, delivered) -> client_state`, after the
-        server's step, for algorithms whose clients keep a model of their own.
+      receive: `(broadcast, payload, client_state, delivered) -> client_state`, for
+        algorithms whose clients keep a model of their own: what a client makes of the
+        decoded aggregate, if it was `delivered` to it. Unless it is `keep`, those
+        payloads are counted as sent down.
       broadcast: `server_state -> broadcast`, what travels down to each client.
+      bits_down: `(ctx, server_state, client_state) -> float32 []`, how long the
+        broadcast is to one client, before the round.
     """
 
     init: Callable
@@ -125,6 +144,7 @@ class Algorithm(NamedTuple):
     server: Callable
     receive: Callable = keep
     broadcast: Callable = whole_state
+    bits_down: Callable = every_bit
 
 
 def no_state(payload: Payload) -> tuple[PyTree, PyTree]:
@@ -145,6 +165,11 @@ def pass_on(ctx, payload, server_state, report):
     return payload, server_state
 
 
+def unchanged(payload: Payload) -> Payload:
+    """The default shape of what is sent: that of the payload."""
+    return payload
+
+
 class Channel(NamedTuple):
     """What happens to a message on its way, and to the aggregate on its way back.
 
@@ -158,6 +183,8 @@ class Channel(NamedTuple):
       layers: the channels this one is a chain of; None for a channel of its own.
       of_sums: True where decode makes sense of a sum of messages only, as that of
         `mean` does; such a channel takes no aggregator that is not linear.
+      sends: `payload -> payload`, zeros shaped as what encode makes of such a payload;
+        as the payload itself by default.
     """
 
     init: Callable = no_state
@@ -165,6 +192,13 @@ class Channel(NamedTuple):
     decode: Callable = pass_on
     layers: "tuple[Channel, ...] | None" = None
     of_sums: bool = False
+    sends: Callable = unchanged
+
+
+def star(ctx: Context, bits: jax.Array, delivered: jax.Array, reply: jax.Array):
+    """The default traffic: every message goes to the server, every reply comes back."""
+    del ctx
+    return bits, jnp.where(delivered, reply, 0.0)
 
 
 class Aggregator(NamedTuple):
@@ -181,12 +215,19 @@ class Aggregator(NamedTuple):
         random draws, and `delivered` and the state depend on none: over several
         devices `payload` then has leaves `[K, n]`, a device's share of the
         coordinates, so that none holds the stack of whole messages.
+      personal: True where each client gets an aggregate of its own: `payload` comes
+        out as a stack `[K, ...]`. The server is given the mean of those delivered.
+      traffic: `(ctx, bits, delivered, reply) -> (up, down)`, float32 `[K]` each: what
+        each client has sent and got in bits, if its message is `bits` long, `[K]`,
+        and what is given back to one client `reply`, `[]`.
     """
 
     init: Callable
     apply: Callable
     linear: bool = False
     coordinatewise: bool = False
+    personal: bool = False
+    traffic: Callable = star
 
 
 class ServerState(NamedTuple):
@@ -236,8 +277,9 @@ class Info(NamedTuple):
       delivered: bool `[K]`, to whom the aggregate was given back.
       rejected: bool `[K]`, whose update, message or report was not finite and was
         dropped.
-      bits_up: float32 `[K]`, the length of each message.
-      bits_down: float32 `[K]`, the length of the broadcast to each client.
+      bits_up: float32 `[K]`, the length of what each client sent.
+      bits_down: float32 `[K]`, of what was sent to it: the broadcast, and what was
+        given back.
       metrics: what the algorithm's clients measured, `[K, ...]`; NaN (integers: 0)
         for a client that was not alive.
       reports: what the channel reported of each message, `[K, ...]`; likewise.
@@ -280,8 +322,11 @@ def server_context(
     roster: jax.Array,
     alive: jax.Array,
     population: jax.Array,
+    broadcast: PyTree,
 ) -> Context:
     """The server's context of a round; all other contexts are replaced copies."""
     server_key, shared_key = jax.random.split(key)
     nobody = jnp.int32(-1)
-    return Context(server_key, shared_key, round, nobody, roster, alive, population)
+    return Context(
+        server_key, shared_key, round, nobody, roster, alive, population, broadcast
+    )

@@ -17,8 +17,8 @@ import numpy as np
 from jaxfl import tree
 from jaxfl.core import Data, Federation, Params
 from jaxfl.data.federated import ClientData
+from jaxfl.mesh import client_mesh
 from jaxfl.round import (
-    client_mesh,
     execution_order,
     federate,
     message_shapes,

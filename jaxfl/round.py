@@ -1,8 +1,7 @@
 """The round: an algorithm, a channel and an aggregator composed over a cohort."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,49 +26,13 @@ from jaxfl.core import (
     Params,
     ServerState,
     State,
+    keep,
     server_context,
 )
 from jaxfl.data.federated import ClientData
+from jaxfl.mesh import AXIS, NOBODY, by_coordinates, per_device, read_rows, write_rows
 
 PyTree = Any
-
-AXIS = "clients"
-# A client id that no population has: writes to it are out of range, and dropped.
-NOBODY = jnp.iinfo(jnp.int32).max
-
-
-def client_mesh(devices: Sequence[Any] | None = None, *, model: int = 1) -> Mesh:
-    """A mesh that spreads clients over devices, all of them by default.
-
-    On a CPU, `cores_as_devices()` before JAX is used makes each core a device.
-
-    For a client that is larger than a device, `model` devices together hold and train
-    each one. How its parameters are split over them the user says, by
-
-        jax.device_put(kernel, NamedSharding(mesh, PartitionSpec(None, "model")))
-
-    for the `params` given to `simulate`; XLA splits the rest to match, so such rounds
-    want a `jit` round them.
-
-    Args:
-      devices: the devices.
-      model: how many of them make up one client's.
-
-    Returns:
-      A mesh with the axis `"clients"`, and the axis `"model"` if there is a use for it.
-
-    Raises:
-      ValueError: if model is not positive or does not divide the devices.
-
-    >>> dict(client_mesh(jax.devices()[:1]).shape)
-    {'clients': 1}
-    """
-    devices = jax.devices() if devices is None else devices
-    if model < 1 or len(devices) % model:
-        raise ValueError(f"model must divide the {len(devices)} devices, got {model}.")
-    axes = {AXIS: len(devices) // model} | ({"model": model} if model > 1 else {})
-    auto = (jax.sharding.AxisType.Auto,) * len(axes)
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), auto, devices=devices)
 
 
 def map_clients(
@@ -132,26 +95,9 @@ def map_clients(
         summed, stacked = _map_chunks(fn, shared, xs, chunk)
         return jax.lax.psum(summed, AXIS), stacked
 
-    spread = _per_device(on_device, mesh, (P(), P(AXIS)), (P(), P(AXIS)))
+    spread = per_device(on_device, mesh, (P(), P(AXIS)), (P(), P(AXIS)))
     summed, stacked = spread(shared, xs)
     return _settle(summed, one), stacked
-
-
-def _per_device(fn: Callable, mesh: Mesh, in_specs: PyTree, out_specs: PyTree):
-    """`fn` on each of the devices over which clients are spread, as `jax.shard_map`.
-
-    The axes of the mesh other than that of the clients are left to the compiler.
-    """
-    # Without check_vma=False a gradient with respect to `shared` would be summed over
-    # devices, and a client's own loop, begun from zeros, would be refused under a mesh.
-    return jax.shard_map(
-        fn,
-        mesh=mesh,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names={AXIS},
-        check_vma=False,
-    )
 
 
 def _map_chunks(fn, shared, xs, chunk: int):
@@ -219,7 +165,7 @@ def federate(
     One round, for a cohort S of K clients: broadcast the server's state; at every
     client of S train (`algorithm.client`) and encode (`channel.encode`, left to
     right); aggregate what was sent; decode (right to left); step
-    (`algorithm.server`); give back (`algorithm.receive`).
+    (`algorithm.server`); give the aggregate back (`algorithm.receive`).
 
     What holds whatever the parts are:
       - All randomness of a client is `fold_in(round_key, population_id)`, so a run is
@@ -290,6 +236,11 @@ def federate(
         _, shape = message_shapes(algorithm, server, own, data)
         payload = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
         channel_server, channel_own = channel.init(payload)
+        if aggregator.personal and jax.tree.leaves(channel_server):
+            raise ValueError(
+                "channel: it keeps a state at the server, and the aggregator makes "
+                "one aggregate for each client."
+            )
 
         def stack(x):
             rows = jnp.broadcast_to(x, (len(ids), *x.shape))
@@ -303,7 +254,10 @@ def federate(
             round=jnp.int32(0),
             population=jnp.int32(n),
             server=jax.tree.map(
-                _strong, ServerState(server, channel_server, aggregator.init(payload))
+                _strong,
+                ServerState(
+                    server, channel_server, aggregator.init(channel.sends(payload))
+                ),
             ),
             clients=jax.tree.map(
                 stack, jax.tree.map(_strong, ClientState(own, channel_own))
@@ -312,7 +266,7 @@ def federate(
 
     def at_client(seen, x):
         """One client of the cohort, from its data to its message."""
-        ctx, client_key, broadcast, channel_server, examples = seen
+        ctx, client_key, channel_server, examples = seen
         client, own, data, weight, alive = x
         key = jax.random.fold_in(client_key, client)
         train_key, send_key = jax.random.split(key)
@@ -320,7 +274,7 @@ def federate(
 
         payload, own_algorithm, metrics = algorithm.client(
             ctx._replace(key=train_key),
-            broadcast,
+            ctx.broadcast,
             own.algorithm,
             _rejoin(examples, data),
         )
@@ -330,7 +284,7 @@ def federate(
         bits = jnp.where(weight > 0, jnp.float32(tree.num_bits(payload)), 0.0)
         message, own_channel, report = channel.encode(
             ctx._replace(key=send_key),
-            Message(tree.mask(finite, payload), weight, bits),
+            Message(tree.mask(finite, payload), weight, bits, jnp.float32(0)),
             channel_server,
             own.channel,
         )
@@ -347,7 +301,7 @@ def federate(
             own,
             sent,
             alive & ~finite,
-            jnp.where(alive, message.bits, 0.0),
+            jnp.where(alive, message.bits + message.header, 0.0),
             _blank_unless(alive, metrics),
             _blank_unless(alive, report),
         )
@@ -359,18 +313,24 @@ def federate(
         client_key, server_key = jax.random.split(jax.random.fold_in(key, state.round))
 
         roster = jnp.asarray(cohort.client, jnp.int32)
-        ctx = server_context(server_key, state.round, roster, cohort.alive, population)
+        broadcast = algorithm.broadcast(server.algorithm)
+        ctx = server_context(
+            server_key, state.round, roster, cohort.alive, population, broadcast
+        )
         padded = _pad(cohort, chunk_size, mesh)
         padded, place = _longest_first(padded, chunk_size, mesh)
         place = slice(k) if place is None else place[:k]
         aggregate_key, decode_key, step_key = jax.random.split(ctx.key, 3)
-        broadcast = algorithm.broadcast(server.algorithm)
         examples, rows = _separate(padded.data)
-        own = _read(state.clients, _rows(padded), mesh)
+        own = read_rows(state.clients, _rows(padded), mesh)
+        bits_down = jax.vmap(
+            lambda own: algorithm.bits_down(ctx, server.algorithm, own),
+            axis_size=padded.client.shape[0],
+        )(own.algorithm)[place]
 
         (reports, summed), stacked = map_clients(
             at_client,
-            (ctx, client_key, broadcast, server.channel, examples),
+            (ctx, client_key, server.channel, examples),
             (padded.client, own, rows, padded.weight, padded.alive),
             chunk_size=_chunk(padded, chunk_size, mesh),
             mesh=mesh,
@@ -382,7 +342,7 @@ def federate(
 
         apply = aggregator.apply
         if mesh is not None and aggregator.coordinatewise:
-            apply = _by_coordinates(apply, mesh, place)
+            apply = by_coordinates(apply, mesh, place)
         else:
             payloads = jax.tree.map(lambda x: x[place], payloads)
         payload, delivered, aggregator_state = apply(
@@ -391,9 +351,17 @@ def federate(
             sent,
             server.aggregator,
         )
-        payload, channel_server = channel.decode(
-            ctx._replace(key=decode_key), payload, server.channel, reports
-        )
+        decode_ctx = ctx._replace(key=decode_key)
+
+        def decode(payload):
+            return channel.decode(decode_ctx, payload, server.channel, reports)
+
+        if aggregator.personal:
+            reply = jax.vmap(lambda x: decode(x)[0])(payload)
+            payload, channel_server = tree.mean_rows(delivered, reply), server.channel
+        else:
+            payload, channel_server = decode(payload)
+            reply = payload
         channel_server = _same(server.channel, channel_server, "channel.decode")
         aggregator_state = _same(
             server.aggregator, aggregator_state, "aggregator.apply"
@@ -412,11 +380,16 @@ def federate(
         )
         stepped = _same(server.algorithm, stepped, "algorithm.server")
         stepped = optax.tree.where(jnp.any(delivered), stepped, server.algorithm)
-        given = jax.vmap(algorithm.receive, (None, 0, 0))(
-            stepped,
-            own.algorithm,
-            jnp.zeros_like(padded.alive).at[place].set(delivered),
-        )
+
+        def rows_of_padded(x):
+            full = jnp.zeros((padded.alive.shape[0], *x.shape[1:]), x.dtype)
+            return full.at[place].set(x)
+
+        if aggregator.personal:
+            reply = jax.tree.map(rows_of_padded, reply)
+        given = jax.vmap(
+            algorithm.receive, (None, 0 if aggregator.personal else None, 0, 0)
+        )(broadcast, reply, own.algorithm, rows_of_padded(delivered))
         given = _same(own.algorithm, given, "algorithm.receive")
         own = own._replace(
             algorithm=tree.where_rows(padded.alive, given, own.algorithm)
@@ -426,9 +399,13 @@ def federate(
             state.round + 1,
             population,
             ServerState(stepped, channel_server, aggregator_state),
-            _write(state.clients, _rows(padded), own, mesh),
+            write_rows(state.clients, _rows(padded), own, mesh),
         )
-        bits_down = jnp.where(ctx.alive, jnp.float32(tree.num_bits(broadcast)), 0.0)
+        given_back = 0 if algorithm.receive is keep else tree.num_bits(payload)
+        bits_up, bits_back = aggregator.traffic(
+            ctx, bits_up, delivered, jnp.float32(given_back)
+        )
+        bits_down = jnp.where(ctx.alive, bits_down, 0.0) + bits_back
         info = Info(
             client=roster,
             alive=ctx.alive,
@@ -454,132 +431,15 @@ def message_shapes(
     def messages(server_state, client_state, data):
         nobody = jnp.zeros(1, jnp.int32)
         n = jnp.int32(population_size(data))
-        ctx = server_context(jax.random.key(0), jnp.int32(0), nobody, nobody > 0, n)
+        broadcast = algorithm.broadcast(server_state)
+        ctx = server_context(
+            jax.random.key(0), jnp.int32(0), nobody, nobody > 0, n, broadcast
+        )
         shared, rows = _separate(data)
         one = _rejoin(shared, jax.tree.map(lambda x: x[0], rows))
-        broadcast = algorithm.broadcast(server_state)
         return broadcast, algorithm.client(ctx, broadcast, client_state, one)[0]
 
     return jax.eval_shape(messages, server_state, client_state, data)
-
-
-def _by_coordinates(apply: Callable, mesh: Mesh, place: jax.Array | slice) -> Callable:
-    """A coordinatewise `apply` whose work is spread over devices by coordinates.
-
-    `place` says which rows of the stack are those of the cohort.
-
-    An all-to-all gives each device its share of the coordinates, of all clients, and
-    what it makes of them is gathered: none ever holds the stack `[K, ...]`.
-    """
-    devices = mesh.shape[AXIS]
-
-    def on_device(ctx, payloads, sent, state):
-        def share(x):  # [K / devices, ...] -> [K, coordinates / devices]
-            x = x.reshape(x.shape[0], -1)
-            x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % devices)))
-            x = jax.lax.all_to_all(x, AXIS, 1, 0, tiled=True)
-            return x[place]
-
-        def whole(x, like):
-            x = jax.lax.all_gather(x, AXIS, tiled=True)
-            return x[: math.prod(like.shape[1:])].reshape(like.shape[1:])
-
-        payload, delivered, state = apply(
-            ctx, jax.tree.map(share, payloads), sent, state
-        )
-        return jax.tree.map(whole, payload, payloads), delivered, state
-
-    return _per_device(on_device, mesh, (P(), P(AXIS), P(), P()), P())
-
-
-def are_spread(states: PyTree, mesh: Mesh) -> bool:
-    """Whether clients' states `[N, ...]` are spread over a mesh: it divides N."""
-    lengths = {x.shape[0] % mesh.shape[AXIS] for x in jax.tree.leaves(states)}
-    return lengths == {0}
-
-
-def _read(states: PyTree, client: jax.Array, mesh: Mesh | None) -> PyTree:
-    """The states `[K, ...]` of these clients; of nobody, anyone's."""
-
-    def rows_at(states, place):
-        return jax.tree.map(lambda x: x.at[place].get(mode="clip"), states)
-
-    if mesh is None or not are_spread(states, mesh):
-        return rows_at(states, client)
-
-    def visit(states, here, place, rows):
-        return states, tree.where_rows(here, rows_at(states, place), rows)
-
-    def on_device(states, client):
-        return _travel(visit, states, client, rows_at(states, client), mesh)[1]
-
-    return _per_device(on_device, mesh, P(AXIS), P(AXIS))(states, client)
-
-
-def _write(
-    states: PyTree, client: jax.Array, rows: PyTree, mesh: Mesh | None
-) -> PyTree:
-    """The states `[N, ...]` with these clients' replaced; nobody's are dropped."""
-
-    def replaced(states, place, rows):
-        return jax.tree.map(
-            lambda x, new: x.at[place].set(new, mode="drop"), states, rows
-        )
-
-    if mesh is None or not are_spread(states, mesh):
-        return replaced(states, client, rows)
-
-    def visit(states, here, place, rows):
-        return replaced(states, jnp.where(here, place, NOBODY), rows), rows
-
-    def on_device(states, client, rows):
-        return _travel(visit, states, client, rows, mesh)[0]
-
-    return _per_device(on_device, mesh, P(AXIS), P(AXIS))(states, client, rows)
-
-
-def _travel(
-    visit: Callable, states: PyTree, client: jax.Array, rows: PyTree, mesh: Mesh
-) -> tuple[PyTree, PyTree]:
-    """Takes rows `[K / devices, ...]` to the devices that hold their clients' states.
-
-    All go once round the ring of devices, so that none ever holds `[K, ...]`; where
-    every client is at home, as those of a whole population are, none goes anywhere.
-
-    Args:
-      visit: `(states, here, place, rows) -> (states, rows)`, with `here` saying whose
-        states this device has, and `place` in which row.
-      states: this device's, `[N / devices, ...]`.
-      client: int32 `[K / devices]`, the clients of the rows.
-      rows: of this device's clients of the cohort.
-      mesh: the devices.
-
-    Returns:
-      The states and, home again, the rows.
-    """
-    devices = mesh.shape[AXIS]
-    ring = [(i, (i + 1) % devices) for i in range(devices)]
-    n = jax.tree.leaves(states)[0].shape[0]
-
-    def held(client):
-        place = client - n * jax.lax.axis_index(AXIS)
-        return (place >= 0) & (place < n), place
-
-    def stay(states, client, rows):
-        return visit(states, *held(client), rows)
-
-    def go_on(_, carry):
-        states, client, rows = carry
-        states, rows = stay(states, client, rows)
-        return states, *jax.lax.ppermute((client, rows), AXIS, ring)
-
-    def all_round(states, client, rows):
-        states, _, rows = jax.lax.fori_loop(0, devices, go_on, (states, client, rows))
-        return states, rows
-
-    at_home = jnp.all(held(client)[0] | (client == NOBODY))
-    everyone_is = jax.lax.psum(at_home, AXIS) == devices
-    return jax.lax.cond(everyone_is, stay, all_round, states, client, rows)
 
 
 def population_size(data: Data) -> int:

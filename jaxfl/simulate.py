@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 from jaxfl.core import Cohort, Data, Federation, Info, Params, State
 from jaxfl.data.federated import ClientData
 from jaxfl.history import History, concatenate
-from jaxfl.round import AXIS, are_spread, population_size, select_clients
+from jaxfl.mesh import AXIS, are_spread
+from jaxfl.round import population_size, select_clients
 from jaxfl.stream import (
     HostStates,
     OnHost,

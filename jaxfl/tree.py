@@ -57,6 +57,18 @@ def scale(scalar: jax.Array, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: (x * scalar).astype(x.dtype), tree)
 
 
+def divide(tree: PyTree, scalar: jax.Array) -> PyTree:
+    """The tree over a scalar, each leaf in the dtype it had.
+
+    What is subtracted from a model is rounded once, wherever it is subtracted: of a
+    product, compilers make a fused multiply-add here and none there.
+
+    >>> divide(jnp.ones(2, jnp.bfloat16), jnp.float32(2.0)).dtype
+    dtype(bfloat16)
+    """
+    return jax.tree.map(lambda x: (x / scalar).astype(x.dtype), tree)
+
+
 def where_rows(flags: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """Row `i` of every leaf from `new` where `flags[i]`, else from `old`.
 
@@ -69,6 +81,17 @@ def where_rows(flags: jax.Array, new: PyTree, old: PyTree) -> PyTree:
         return jnp.where(flags.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
     return jax.tree.map(leaf, new, old)
+
+
+def mean_rows(flags: jax.Array, tree: PyTree) -> PyTree:
+    """The mean of the rows whose flag holds, each leaf in its dtype; of none, 0.
+
+    >>> mean_rows(jnp.array([True, True, False]), jnp.array([1.0, 3.0, 7.0])).item()
+    2.0
+    """
+    zeros = jax.tree.map(jnp.zeros_like, tree)
+    summed = jax.tree.map(lambda x: jnp.sum(x, 0), where_rows(flags, tree, zeros))
+    return divide(summed, jnp.maximum(jnp.sum(flags), 1).astype(jnp.float32))
 
 
 def is_key(x: Any) -> bool:

@@ -150,11 +150,11 @@ def test_only_the_cohorts_states_are_written(plan, clients):
     assert info.sent.shape == (len(clients),) and info.sent.all()
 
 
-def test_clients_receive_what_the_server_made():
-    """It sees the stepped state, and to whom it is delivered; the absent see none."""
+def test_clients_receive_the_aggregate():
+    """They see it, and to whom it is delivered; the absent see none."""
 
-    def receive(server_state, own, delivered):
-        return {**own, "seen": jnp.where(delivered, server_state.params, -2.0)}
+    def receive(broadcast, payload, own, delivered):
+        return {**own, "seen": jnp.where(delivered, payload, -2.0)}
 
     def only_large(ctx, payload, sent, state):
         return jnp.sum(payload), sent & (payload > 3), state
@@ -175,7 +175,7 @@ def test_clients_receive_what_the_server_made():
 @every_plan
 def test_an_aggregator_that_stacks_sees_zeros_and_who_sent(plan):
     """Clients 4 (withheld) and 2 (absent) are zeros in it, and flagged."""
-    above = jaxfl.gate(lambda ctx, payload: payload != 16)
+    above = jaxfl.gate(lambda ctx, payload: payload != 16, keep=False)
 
     def apply(ctx, payload, sent, state):
         return {"stack": payload, "sent": sent, "roster": ctx.roster}, sent, state
@@ -256,7 +256,7 @@ def test_a_message_that_a_channel_made_infinite_is_dropped_too():
 def test_when_nothing_arrives_a_server_adam_does_not_move(why):
     """Its momentum would, from earlier rounds."""
     data = toy.data()
-    shut = jaxfl.gate(lambda ctx, payload: ctx.round == 0)
+    shut = jaxfl.gate(lambda ctx, payload: ctx.round == 0, keep=False)
     federation = jaxfl.federate(
         jaxfl.fedavg(toy.loss, optax.sgd(0.1), optax.adam(0.1), batch_size=None),
         jaxfl.chain(shut, jaxfl.mean()) if why == "withheld" else jaxfl.mean(),
@@ -304,7 +304,7 @@ WRONG_STATES = {
         None,
     ),
     "algorithm.receive": lambda to: (
-        counting(receive=lambda state, own, delivered: to(own)),
+        counting(receive=lambda broadcast, payload, own, delivered: to(own)),
         passing(),
         None,
     ),
