@@ -7,10 +7,23 @@ the round, the run, and what is looked at.
 
 from importlib.metadata import version
 
-from jaxfl import data, evaluate, history, local, models, plan, plot, tree
-from jaxfl.aggregate import median, total
+from jaxfl import (
+    communicate,
+    compress,
+    data,
+    evaluate,
+    history,
+    local,
+    models,
+    plan,
+    plot,
+    topology,
+    tree,
+)
+from jaxfl.aggregate import dynamic_average, median, mix, total
 from jaxfl.algorithms.fedavg import fedavg
 from jaxfl.algorithms.isolated import isolated
+from jaxfl.algorithms.local_models import local_models
 from jaxfl.channel import at_client, at_server, chain, gate, identity, mean, on, tap
 from jaxfl.conv import matmul_conv
 from jaxfl.core import (
@@ -27,11 +40,13 @@ from jaxfl.core import (
 )
 from jaxfl.data.federated import ClientData, from_arrays
 from jaxfl.dense import fused_dot
+from jaxfl.downlink import downlink
 from jaxfl.evaluate import compare, on_server
 from jaxfl.history import History
+from jaxfl.mesh import client_mesh
 from jaxfl.plan import cores_as_devices, dry_run, tune
 from jaxfl.privacy import clip
-from jaxfl.round import client_mesh, federate, map_clients
+from jaxfl.round import federate, map_clients
 from jaxfl.simulate import sample_cohort, scan_rounds, simulate
 from jaxfl.stream import on_host
 
@@ -52,7 +67,9 @@ __all__ = [
     "Outcome",
     "fedavg",
     "isolated",
+    "local_models",
     "local",
+    "downlink",
     # channels
     "Channel",
     "Message",
@@ -61,14 +78,19 @@ __all__ = [
     "clip",
     "mean",
     "gate",
+    "communicate",
     "tap",
     "on",
     "at_client",
     "at_server",
+    "compress",
     # aggregators
     "Aggregator",
     "total",
     "median",
+    "dynamic_average",
+    "mix",
+    "topology",
     # the round
     "Federation",
     "Cohort",
