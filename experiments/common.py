@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import rich
 import rich.console
+import rich.progress
 import rich.table
 import tyro
 
@@ -69,6 +70,58 @@ def in_processes(name: str, *each: Sequence[Any], timeout: float | None = None) 
     return [json.loads(out.splitlines()[-1]) for out, _ in printed]
 
 
+def sweep(
+    title: str,
+    federation_of: Callable[[jax.Array], jaxfl.Federation],
+    values: Any,
+    params: Any,
+    data: jaxfl.ClientData | Callable[[int], jaxfl.ClientData],
+    *,
+    rounds: int,
+    key: jax.Array,
+    look: Callable[[jaxfl.Info], Any],
+    weight: jax.Array | None = None,
+    evaluate: Any = None,
+) -> tuple[jaxfl.State, Any, Any]:
+    """A federation under every value of a parameter, all in one vmapped program.
+
+    Args:
+      title: beside the progress bar.
+      federation_of: from one value.
+      values: pytree of `[V, ...]` arrays.
+      params: where all start.
+      data: the population, all of which takes part in every round; or that of each
+        round, from its number.
+      rounds: R.
+      key: of every run.
+      look: what to keep of a round, whose arrays are `[1, K, ...]`.
+      weight: `[N]`, see `sample_cohort`.
+      evaluate: see `simulate`.
+
+    Returns:
+      The last states `[V, ...]`; what was looked at, and evaluated, `[V, R, ...]`.
+    """
+
+    def one_round(value, state, data, evaluate):
+        state, (info, evaluations) = jaxfl.scan_rounds(
+            *(federation_of(value), state, data),
+            rounds=1,
+            key=key,
+            weight=weight,
+            evaluate=evaluate,
+        )
+        return state, (look(info), jax.tree.map(lambda x: x[0], evaluations))
+
+    data_at = data if callable(data) else lambda _: data
+    init = jax.vmap(lambda value: federation_of(value).init(params, data_at(0)))
+    step = jax.jit(jax.vmap(one_round, (0, 0, None, None)), donate_argnums=1)
+    state, seen = jax.jit(init)(values), []
+    for r in rich.progress.track(range(rounds), f"{title:40}"):
+        state, outputs = step(values, state, data_at(r), evaluate)
+        seen.append(outputs)
+    return state, *jax.tree.map(lambda *x: np.stack(x, 1), *jax.device_get(seen))
+
+
 def results_folder(name: str, root: str = "results") -> Path:
     """`results/NAME/`, made if missing."""
     folder = Path(root) / name
@@ -116,7 +169,9 @@ def tidy(*all_axes: Any) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         for axis in (axes.xaxis, axes.yaxis):
             if axis.get_scale() == "log":
-                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                low, high = axis.get_view_interval()
+                subs = (1, 2, 5) if high < 300 * low else (1,)
+                axis.set_major_locator(LogLocator(subs=subs))
                 axis.set_major_formatter(StrMethodFormatter("{x:g}"))
                 axis.set_minor_formatter(NullFormatter())
 

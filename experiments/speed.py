@@ -19,6 +19,9 @@ clipping and noise), and by hand (`experiments.baselines`): loops in Python over
 and steps (a) or clients only (b), a plain vmap (c), and centralised SGD on as many
 examples (d). Every row runs in a process of its own, so that its compile time and peak
 memory are its own, and the rows take turns, as other load on a machine comes and goes.
+
+With `--channels` instead: what each channel adds to a round of W2 (of tiny in the small
+preset), all in one process, taking turns round by round.
 """
 
 import dataclasses
@@ -33,10 +36,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import rich
+import rich.progress
 
 import jaxfl
 from experiments import baselines, common
-from jaxfl import models
+from jaxfl import communicate, compress, models
 from jaxfl.data import from_arrays, mnist_writers, natural
 
 BATCH = 10
@@ -97,8 +101,42 @@ class Settings:
     """After this long no further round of a row is timed in its turn."""
     turns: int = 1
     """How often each row has its turn, in a new process."""
+    channels: bool = False
+    """Time channels instead."""
     one: bool = False
     """Time the one workload and row given, in this process, and print JSON."""
+
+
+def channels() -> dict[str, jaxfl.Channel]:
+    """By name: channels to put left of the mean."""
+    feedback = compress.error_feedback(compress.top_k(0.01))
+    noise = jaxfl.at_server(optax.add_noise(1e-4, 0.0, key=0))
+    return {
+        "nothing": jaxfl.identity(),
+        "clip and noise": jaxfl.chain(jaxfl.clip(1.0), noise),
+        "norm_threshold": communicate.norm_threshold(0.1, keep=True),
+        "relative_threshold": communicate.relative_threshold(0.01, keep=True),
+        "target_rate": communicate.target_rate(0.5, initial=1.0, step=0.5, keep=True),
+        "last_sent_threshold": communicate.last_sent_threshold(0.1),
+        "cmfl": communicate.cmfl(0.5, keep=False),
+        "lag": communicate.lag(1.0),
+        "gaia": communicate.gaia(0.1),
+        "cast to bfloat16": compress.cast(jnp.bfloat16),
+        "uniform, 4 bits": compress.uniform(4),
+        "qsgd, 15 levels": compress.qsgd(15),
+        "terngrad": compress.terngrad(),
+        "scaled_sign": compress.scaled_sign(),
+        "sign_majority": compress.sign_majority(),
+        "random_k, 1 %": compress.random_k(0.01),
+        "top_k, 1 %": compress.top_k(0.01),
+        "top_k, 1 %, error feedback": feedback,
+        "top_k, 1 %, of qsgd": compress.top_k(0.01, compress.qsgd(15)),
+        "rotation, uniform": jaxfl.chain(compress.rotation(), compress.uniform(4)),
+        "drive": compress.drive(),
+        "eden, 4 bits": compress.eden(4),
+        "fetchsgd": compress.fetchsgd(5, 10_000, 0.01),
+        "entropy": compress.entropy(),
+    }
 
 
 ROWS = (*BASELINES, POOLED, *OURS)
@@ -187,7 +225,7 @@ def pixels(work: Workload) -> tuple[np.ndarray, np.ndarray]:
     return x, rng.integers(0, 10, total).astype(np.int32)
 
 
-def with_jaxfl(work: Workload, row: str, x, y):
+def with_jaxfl(work: Workload, row: str, x, y, channel: jaxfl.Channel | None = None):
     """A round of jaxfl: sampling, training, averaging, and every client's metrics."""
     network = {
         "cnn": models.cnn,
@@ -195,12 +233,9 @@ def with_jaxfl(work: Workload, row: str, x, y):
         "logistic": models.logistic_regression,
     }[work.model]()
     model = models.from_linen(network, x[:1])
-    noise = jaxfl.at_server(optax.add_noise(1e-4, 0.0, key=0))
     federation = jaxfl.federate(
         jaxfl.fedavg(model.loss, optax.sgd(0.1), batch_size=BATCH),
-        jaxfl.chain(jaxfl.clip(1.0), noise, jaxfl.mean())
-        if row == PRIVATE
-        else jaxfl.mean(),
+        jaxfl.chain(channel or jaxfl.identity(), jaxfl.mean()),
     )
     data = from_arrays(x, y, client_ids(work))
     params = model.init(jax.random.key(0))
@@ -248,7 +283,11 @@ def measure(config: Settings) -> dict:
     work = WORKLOADS[name]
     flops = flops_of_round(baselines.Network(work.model), work)
     x, y = pixels(work)
-    one_round = (with_jaxfl if row in OURS else hand_written)(work, row, x, y)
+    if row in OURS:
+        channel = channels()["clip and noise"] if row == PRIVATE else None
+        one_round = with_jaxfl(work, row, x, y, channel)
+    else:
+        one_round = hand_written(work, row, x, y)
     del x, y
     first = timed(lambda: one_round(0))
     seconds = []
@@ -289,6 +328,39 @@ def together(turns: list[dict]) -> dict:
         "peak_bytes": max(t["peak_bytes"] for t in turns),
         "flops_per_second": flops / median,
     }
+
+
+def measure_channels(config: Settings) -> None:
+    """Every channel's round, in turns; a table of how much longer it is than plain."""
+    jaxfl.cores_as_devices()
+    name = "tiny" if config.preset == "ci" else "W2"
+    x, y = pixels(WORKLOADS[name])
+    rounds = {
+        channel: with_jaxfl(WORKLOADS[name], TUNED, x, y, how)
+        for channel, how in channels().items()
+    }
+    compiled = {
+        channel: timed(lambda go=go: go(0))
+        for channel, go in rich.progress.track(rounds.items(), "compiling")
+    }
+    seconds = {channel: [] for channel in rounds}
+    for i in rich.progress.track(range(5 * config.rounds), "timing"):
+        for channel, go in rounds.items():
+            seconds[channel].append(timed(lambda go=go, i=i: go(1 + i)))
+    median = {channel: float(np.median(each)) for channel, each in seconds.items()}
+    added = {c: median[c] / median["nothing"] - 1 for c in median}
+    common.print_table(
+        f"A round of {name}, median of {5 * config.rounds} in turns",
+        ("channel", "s / round", "added %", "compile s"),
+        [
+            (c, f"{median[c]:.4f}", f"{100 * added[c]:.0f}", f"{compiled[c]:.1f}")
+            for c in median
+        ],
+    )
+    folder = common.results_folder("speed_channels")
+    points = ((c, i, t) for c, each in seconds.items() for i, t in enumerate(each, 1))
+    common.save_history(folder, ("channel", "round", "seconds"), points)
+    common.save_summary(folder, {"workload": name, "seconds": median, "added": added})
 
 
 def ratios(summary: dict) -> dict[str, float]:
@@ -345,6 +417,9 @@ def main() -> None:
     for given, known in ((config.workloads, WORKLOADS), (config.rows, ROWS)):
         if unknown := set(given) - set(known):
             sys.exit(f"unknown: {sorted(unknown)}; there are: {list(known)}")
+    if config.channels:
+        measure_channels(config)
+        return
     if config.one:
         print(json.dumps(measure(config)))
         return

@@ -15,7 +15,14 @@ import pytest
 import toy
 
 import jaxfl
-from experiments import baselines, common, mcmahan2017, mnist_skews, node_curves, speed
+from experiments import (
+    baselines,
+    common,
+    mcmahan2017,
+    mnist_skews,
+    node_curves,
+    speed,
+)
 from jaxfl.data import from_arrays
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +75,7 @@ def test_every_experiment_is_tested_here():
     assert with_main == {
         *("mnist_skews", "node_curves", "mcmahan2017", "speed"),
         *("many_clients", "processes"),
+        *("kamp2018", "threshold_front", "compression2017", "error_feedback"),
     }
 
 
@@ -182,6 +190,77 @@ def test_speed(tmp_path):
     assert summary["matmul_flops_per_second"] > 0
     assert len(rows) == 2 * 2
     assert "GFLOP/s" in printed
+
+
+def test_speed_of_channels(tmp_path):
+    done = run(tmp_path, "speed", "--preset", "ci", "--channels")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "results" / "speed_channels"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["workload"] == "tiny" and summary["added"]["nothing"] == 0
+    assert set(summary["seconds"]) == set(speed.channels())
+    assert all(name in done.stdout for name in speed.channels())
+
+
+def test_kamp2018(tmp_path):
+    summary, rows, printed = results(
+        *(tmp_path, "kamp2018", "--passes", "1", "--check", "10"),
+        *("--deltas", "0", "2", "inf", "--periods", "1", "10"),
+        figure="kamp2018_2nn",
+    )
+    size = 8 * 4 * 199_210 / 8e6
+    runs = {(r["protocol"], r["parameter"]): r for r in summary["runs"]}
+    rounds = 5000 // 10 // 10
+    assert runs["periodic", "1"]["megabytes"] == pytest.approx(rounds * 20 * size, 1e-5)
+    assert runs["periodic", "10"]["messages"] == rounds // 10 * 20
+    always, never = runs["dynamic", "0.0"], runs["dynamic", "inf"]
+    last = 20  # the average in the end
+    assert always["messages"] == runs["periodic", "10"]["messages"] + last
+    assert always["loss"] == pytest.approx(runs["periodic", "10"]["loss"], rel=1e-6)
+    assert never["messages"] == last
+    some = runs["dynamic", "2.0"]
+    assert last < some["messages"] < always["messages"]
+    assert summary["factors"]["10"]["of_continuous"] is None or "times less" in printed
+    assert len(rows) == rounds + rounds // 10 + 3 * (rounds // 10)
+
+
+def test_compression2017(tmp_path):
+    summary, rows, _ = results(
+        tmp_path, "compression2017", "--rounds", "2", "--bits", "2"
+    )
+    runs = {r["family"]: r for r in summary["runs"]}
+    d, padded = 199_210, 2**18
+    assert runs["uniform"]["megabytes"] == pytest.approx(20 * (2 * d + 96) / 8e6)
+    rotated = runs["rotation + uniform"]
+    assert rotated["megabytes"] == pytest.approx(20 * (2 * padded + 96) / 8e6)
+    # The claims: rotation helps, and levels for normal numbers help more.
+    assert runs["float32"]["error"] < 1e-6 < runs["EDEN"]["error"]
+    assert 2 * runs["EDEN"]["error"] < rotated["error"] < runs["uniform"]["error"] / 2
+    assert len(rows) == 4 * 2
+
+
+def test_error_feedback(tmp_path):
+    summary, rows, _ = results(tmp_path, "error_feedback", "--rounds", "6")
+    whole, feedback, forgotten = summary["runs"].values()
+    assert whole["accuracy"] > feedback["accuracy"] > forgotten["accuracy"]
+    assert 50 < whole["megabytes"] / feedback["megabytes"] < 70
+    assert len(rows) == 3 * 6
+
+
+def test_threshold_front(tmp_path):
+    summary, rows, printed = results(
+        *(tmp_path, "threshold_front", "--rounds", "3", "--steps", "5"),
+        *("--rules", "norm, kept", "Gaia", "--codecs", "float32", "EDEN, 2 bits"),
+    )
+    runs, best = summary["runs"], summary["front"]
+    assert len(runs) == len(rows) == 2 + 2 * 2 + 2  # Gaia is no rule for a codec
+    for p in best:  # nothing beats it
+        assert not any(
+            q["megabytes"] <= p["megabytes"] and q["accuracy"] > p["accuracy"]
+            for q in runs
+        )
+    assert best == sorted(best, key=lambda p: p["megabytes"])
+    assert "always float32" in printed
 
 
 def test_processes(tmp_path):
