@@ -66,6 +66,8 @@ def random_k(
     Client sends: k values and the seed. Server sees: a payload with d - k zeros.
     Bits: those of the values, and 32.
 
+    The time is that of `top_k`, and of d random numbers.
+
     Args:
       fraction: k / d, in (0, 1]; it may be a traced array, without values.
       values: a channel for the values, `[k]`, in the order of their indices; None for
