@@ -200,6 +200,15 @@ def build(name, h=1.0, plan=(None, None)):
     return jaxfl.federate(*PARTS[name](h), chunk_size=chunk, mesh=mesh)
 
 
+# The same object again, which need not be traced and compiled again.
+built = functools.cache(build)
+
+
+@functools.cache
+def begun(federation):
+    return federation.init(toy.params(), toy.data())
+
+
 def run(federation, cohort=None, rounds=2, **how):
     """Some rounds with the same cohort; the last state and info."""
     return each_round(federation, cohort, rounds, **how)[-1]
@@ -207,9 +216,11 @@ def run(federation, cohort=None, rounds=2, **how):
 
 def each_round(federation, cohort, rounds, params=None, data=None, jit=True, seed=7):
     """Some rounds with the same cohort; every state and info."""
+    as_usual = params is None and data is None
+    params = toy.params() if params is None else params
     data = toy.data() if data is None else data
     cohort = toy.cohort(data) if cohort is None else cohort
-    state = federation.init(toy.params() if params is None else params, data)
+    state = begun(federation) if as_usual else federation.init(params, data)
     round_fn = jax.jit(federation.round) if jit else federation.round
     done = []
     for _ in range(rounds):
@@ -221,7 +232,7 @@ def each_round(federation, cohort, rounds, params=None, data=None, jit=True, see
 @functools.cache
 def plain_rounds(name):
     """What a part gives with the whole cohort at once on one device, in two rounds."""
-    return each_round(build(name), None, 2)
+    return each_round(built(name), None, 2)
 
 
 def plainly(name):
@@ -232,7 +243,7 @@ def plainly(name):
 def without(name, absent):
     """What it gives when one client is not in the cohort."""
     others = [i for i in range(toy.N) if i != absent]
-    return run(build(name), toy.cohort(toy.data(), others))
+    return run(built(name), toy.cohort(toy.data(), others))
 
 
 def bare(tree):
@@ -300,18 +311,18 @@ def test_chain_is_associative(name):
 @some_parts
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_plan_does_not_matter(name, plan):
-    assert_close(run(build(name, plan=plan)), plainly(name))
+    assert_close(run(built(name, plan=plan)), plainly(name))
 
 
 @every_part
 def test_plan_does_not_matter_to_any_part(name):
     """In chunks, on devices, with rows of padding."""
-    assert_close(run(build(name, plan=(2, 2))), plainly(name))
+    assert_close(run(built(name, plan=(2, 2))), plainly(name))
 
 
 def client_state(name):
     data = toy.data()
-    state = jax.eval_shape(lambda: build(name).init(toy.params(), data))
+    state = jax.eval_shape(lambda: built(name).init(toy.params(), data))
     return jax.tree.leaves(state.clients)
 
 
@@ -320,7 +331,7 @@ def test_spread_states_do_not_matter(name):
     """Clients' states are spread over devices that divide N, as none do above."""
     data = toy.data((*toy.SIZES, 1))
     cohort = toy.cohort(data, [5, 0, 7, 6, 2])
-    want = run(build(name), cohort, data=data)
+    want = run(built(name), cohort, data=data)
     assert_close(run(build(name, plan=(1, 4)), cohort, data=data), want)
 
 
@@ -329,7 +340,7 @@ def test_order_does_not_matter(name):
     order = np.array([5, 0, 6, 2, 3, 1, 4])
     data = toy.data()
     want_state, want_info = plainly(name)
-    state, info = run(build(name), toy.cohort(data, order))
+    state, info = run(built(name), toy.cohort(data, order))
     assert_close(state, want_state)
     assert_close(info, jax.tree.map(lambda x: x[order], want_info))
 
@@ -354,7 +365,7 @@ def absent_is_never_asked(name, plan):
     data = jaxfl.from_arrays(jnp.asarray(x), jnp.asarray(y), ids, toy.N)
     alive = np.arange(toy.N) != absent
     cohort = toy.cohort(data, range(toy.N), alive)
-    state, info = run(build(name, plan=plan), cohort, data=data)
+    state, info = run(built(name, plan=plan), cohort, data=data)
 
     want_state, want_info = without(name, absent)
     assert_close(state, want_state)
@@ -367,7 +378,7 @@ def absent_is_never_asked(name, plan):
 
 @every_part
 def test_state_keeps_its_shape_and_nothing_recompiles(name):
-    federation, data = build(name), toy.data()
+    federation, data = build(name), toy.data()  # nobody else's compilations counted
     state = federation.init(toy.params(), data)
     round_fn = jax.jit(federation.round)
     for _ in range(3):
@@ -385,14 +396,14 @@ def test_state_keeps_its_shape_and_nothing_recompiles(name):
 
 @every_part
 def test_jit_does_not_matter(name):
-    got = run(build(name), rounds=1, jit=False)
+    got = run(built(name), rounds=1, jit=False)
     assert_close(got, plain_rounds(name)[0])
 
 
 @every_part
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
 def test_dtypes_are_kept(name, dtype):
-    state, info = run(build(name), params=toy.params(dtype), rounds=1)
+    state, info = run(built(name), params=toy.params(dtype), rounds=1)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(dtype)}
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(state.params))
 
@@ -522,7 +533,7 @@ def test_bits_are_the_length_of_the_encoding(name):
 )
 def test_bits_down_are_the_broadcast(name):
     algorithm = PARTS[name](1.0)[0]
-    state, info = run(build(name), rounds=1)
+    state, info = run(built(name), rounds=1)
     broadcast = algorithm.broadcast(state.server.algorithm)
     assert (info.bits_down == 8 * len(encode(broadcast))).all()
 
@@ -534,7 +545,7 @@ def test_bits_down_are_the_broadcast(name):
 def test_a_round_without_messages_changes_no_model(name):
     data = toy.data()
     nobody = toy.cohort(data, range(toy.N), np.zeros(toy.N, bool))
-    federation = build(name)
+    federation = built(name)
     state = federation.init(toy.params(), data)
     new, info = jax.jit(federation.round)(jax.random.key(0), state, nobody)
     assert_same(new.server.algorithm, state.server.algorithm)
