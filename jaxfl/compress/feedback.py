@@ -20,6 +20,9 @@ def error_feedback(channel: Channel) -> Channel:
     is neither added to nor remembered. What is to the right of here, such as a gate or
     a clip, is not made up for.
 
+    The time is the codec's, and that of reading and writing a model's worth of memory
+    for each client of the cohort.
+
     Client sends: what the codec sends. Server sees: what it decodes to, also of a codec
     that decodes at the server, since the client has to know. Bits: the codec's.
 
