@@ -322,7 +322,8 @@ def test_plan_does_not_matter_to_any_part(name):
 
 def client_state(name):
     data = toy.data()
-    state = jax.eval_shape(lambda: built(name).init(toy.params(), data))
+    federation = built(name)  # not inside, where its constants would be traced
+    state = jax.eval_shape(lambda: federation.init(toy.params(), data))
     return jax.tree.leaves(state.clients)
 
 
