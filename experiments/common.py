@@ -122,6 +122,36 @@ def sweep(
     return state, *jax.tree.map(lambda *x: np.stack(x, 1), *jax.device_get(seen))
 
 
+def check_known(*pairs: tuple[Iterable[str], Iterable[str]]) -> None:
+    """Ends the program if a name that was given is none of those known."""
+    for given, known in pairs:
+        if unknown := set(given) - set(known):
+            sys.exit(f"unknown: {sorted(unknown)}; there are: {list(known)}")
+
+
+def averaged(
+    algorithm: jaxfl.Algorithm,
+    channel: jaxfl.Channel,
+    model: jaxfl.models.Model,
+    params: Any,
+    data: jaxfl.ClientData,
+    test: Any,
+    **options: Any,
+) -> jaxfl.History:
+    """A run whose messages pass a channel and are averaged, laid out as suits here.
+
+    Args:
+      algorithm, channel, params, data: as for `federate` and `simulate`.
+      model: what is trained.
+      test: examples to evaluate it on.
+      **options: of `simulate`.
+    """
+    federation = jaxfl.federate(algorithm, jaxfl.chain(channel, jaxfl.mean()))
+    federation = jaxfl.tune(federation, params, data, verbose=False)
+    evaluate = jaxfl.on_server(model.metrics, test, mesh=federation.mesh)
+    return jaxfl.simulate(federation, params, data, evaluate=evaluate, **options)[1]
+
+
 def results_folder(name: str, root: str = "results") -> Path:
     """`results/NAME/`, made if missing."""
     folder = Path(root) / name

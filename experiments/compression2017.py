@@ -157,15 +157,10 @@ def main() -> None:
 
     runs = {}
     for (family, bits), channel in channels(config).items():
-        federation = jaxfl.federate(algorithm, jaxfl.chain(channel, jaxfl.mean()))
-        federation = jaxfl.tune(federation, params, data, verbose=False)
-        _, history = jaxfl.simulate(
-            federation,
-            params,
-            data,
+        history = common.averaged(
+            *(algorithm, channel, model, params, data, test),
             rounds=config.rounds,
             key=key,
-            evaluate=jaxfl.on_server(model.metrics, test, mesh=federation.mesh),
         )
         runs[family, bits] = {
             "accuracy": history["accuracy"],

@@ -111,16 +111,11 @@ def main() -> None:
 
     runs = {}
     for name, (channel, _) in channels(config).items():
-        federation = jaxfl.federate(algorithm, jaxfl.chain(channel, jaxfl.mean()))
-        federation = jaxfl.tune(federation, params, data, verbose=False)
-        _, history = jaxfl.simulate(
-            federation,
-            params,
-            data,
+        history = common.averaged(
+            *(algorithm, channel, model, params, data, test),
             rounds=config.rounds,
             key=key,
             every=config.every,
-            evaluate=jaxfl.on_server(model.metrics, test, mesh=federation.mesh),
         )
         sent = history.bits()["up"].cumsum() / 8e6
         runs[name] = {

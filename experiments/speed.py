@@ -27,7 +27,6 @@ preset), all in one process, taking turns round by round.
 import dataclasses
 import json
 import resource
-import sys
 import time
 from typing import Literal
 
@@ -414,9 +413,7 @@ def draw(summary: dict):
 
 def main() -> None:
     config = common.settings(PRESETS, __doc__)
-    for given, known in ((config.workloads, WORKLOADS), (config.rows, ROWS)):
-        if unknown := set(given) - set(known):
-            sys.exit(f"unknown: {sorted(unknown)}; there are: {list(known)}")
+    common.check_known((config.workloads, WORKLOADS), (config.rows, ROWS))
     if config.channels:
         measure_channels(config)
         return

@@ -7,7 +7,6 @@ run is as accurate with fewer bytes.
 """
 
 import dataclasses
-import sys
 from typing import Literal
 
 import jax
@@ -241,13 +240,9 @@ def draw(config, found):
 
 def main() -> None:
     config = common.settings(PRESETS, __doc__)
-    for given, known in (
-        (config.rules, RULES),
-        (config.codecs, CODECS),
-        (config.products, CODECS),
-    ):
-        if unknown := set(given) - set(known):
-            sys.exit(f"unknown: {sorted(unknown)}; there are: {list(known)}")
+    common.check_known(
+        (config.rules, RULES), (config.codecs, CODECS), (config.products, CODECS)
+    )
     jaxfl.cores_as_devices()
     train, test = mnist(config.data)
     model = models.from_linen(models.two_nn(), train["x"][:1])

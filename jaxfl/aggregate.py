@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 
 from jaxfl import tree
@@ -109,8 +108,7 @@ def dynamic_average(delta: float) -> Aggregator:
         raise ValueError(f"delta must be at least 0, got {delta}.")
 
     def outside(payload):
-        wide = optax.tree.cast(payload, jnp.float32)
-        return optax.tree.norm(wide, squared=True) > delta
+        return tree.norm(payload, squared=True) > delta
 
     def apply(ctx, payload, sent, state):
         violates = sent & jax.vmap(outside)(payload)

@@ -57,7 +57,7 @@ def norm_threshold(threshold: optax.ScalarOrSchedule, *, keep: bool) -> Channel:
     _at_least_zero("threshold", threshold)
 
     def decide(ctx, payload, server_state):
-        norm = _norm(payload)
+        norm = tree.norm(payload)
         return norm >= _now(threshold, ctx), {"norm": norm}
 
     return gate_by(decide, keep=keep, init=_floats("norm_threshold"))
@@ -98,7 +98,7 @@ def relative_threshold(
     _at_least_zero("threshold", threshold)
 
     def decide(ctx, payload, server_state):
-        norm, size = _norm(payload), _norm(model(ctx.broadcast))
+        norm, size = tree.norm(payload), tree.norm(model(ctx.broadcast))
         relative = norm / jnp.where(size > 0, size, 1.0)
         return norm >= _now(threshold, ctx) * size, {"norm": relative}
 
@@ -149,7 +149,7 @@ def target_rate(rate: float, *, initial: float, step: float, keep: bool) -> Chan
         return jnp.asarray(initial, jnp.float32)
 
     def decide(ctx, payload, tau):
-        norm = _norm(payload)
+        norm = tree.norm(payload)
         return norm >= tau, {"norm": norm, "threshold": tau}
 
     def decode(ctx, payload, tau, report):
@@ -221,7 +221,7 @@ def cmfl(threshold: optax.ScalarOrSchedule, *, keep: bool) -> Channel:
     def decide(ctx, payload, last):
         same = jax.tree.map(jnp.equal, _signs(payload), last.sign)
         agree = sum(jnp.sum(x) for x in jax.tree.leaves(same))
-        relevance = jnp.where(last.known, agree / _size(payload), 1.0)
+        relevance = jnp.where(last.known, agree / optax.tree.size(payload), 1.0)
         send = ~last.known | (relevance >= _now(threshold, ctx))
         return send, {"relevance": relevance}
 
@@ -299,7 +299,7 @@ def last_sent_threshold(
     def encode(ctx, message, server_state, last):
         given = model(ctx.broadcast)
         trained = optax.tree.sub(given, message.payload)
-        moved = _norm(optax.tree.sub(trained, last.value))
+        moved = tree.norm(optax.tree.sub(trained, last.value))
         moved = jnp.where(last.known, moved, 0.0)
         send = ~last.known | (moved > _now(threshold, ctx))
         send &= message.weight > 0
@@ -387,11 +387,11 @@ def lag(
     def steps(ctx, state):
         """The last D squared steps up to this round's model, the newest first."""
         step = optax.tree.sub(model(ctx.broadcast), state.model)
-        newest = jnp.where(ctx.round > 0, _norm(step, squared=True), 0.0)
+        newest = jnp.where(ctx.round > 0, tree.norm(step, squared=True), 0.0)
         return jnp.append(newest, state.moved[:-1])
 
     def encode(ctx, message, state, last):
-        change = _norm(optax.tree.sub(last.value, message.payload), squared=True)
+        change = tree.norm(optax.tree.sub(last.value, message.payload), squared=True)
         change = jnp.where(last.known, change, 0.0)
         bound = jnp.sum(xi * steps(ctx, state)) / (rate * ctx.population) ** 2
         send = (~last.known | (change > bound)) & (message.weight > 0)
@@ -466,7 +466,7 @@ def gaia(threshold: optax.ScalarOrSchedule, *, model: Model = itself) -> Channel
         kept = jax.tree.map(jnp.where, chosen, zeros, message.payload)
 
         counts = jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.float32), chosen)
-        n, d = sum(jax.tree.leaves(counts)), _size(payload)
+        n, d = sum(jax.tree.leaves(counts)), optax.tree.size(payload)
         numbers = sum(
             8 * x.dtype.itemsize * count
             for x, count in zip(
@@ -510,14 +510,5 @@ def _now(threshold: optax.ScalarOrSchedule, ctx: Context) -> jax.typing.ArrayLik
     return threshold(ctx.round) if callable(threshold) else threshold
 
 
-def _norm(x: PyTree, squared: bool = False) -> jax.Array:
-    return optax.tree.norm(optax.tree.cast(x, jnp.float32), squared=squared)
-
-
 def _signs(x: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.sign(x).astype(jnp.int8), x)
-
-
-def _size(x: PyTree) -> int:
-    """The number of parameters, d."""
-    return sum(x.size for x in jax.tree.leaves(x))

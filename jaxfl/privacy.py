@@ -1,7 +1,6 @@
 """Channels that bound and hide what one client contributes."""
 
 import jax.numpy as jnp
-import optax
 
 from jaxfl import tree
 from jaxfl.core import Channel
@@ -36,7 +35,7 @@ def clip(norm: float) -> Channel:
         raise ValueError(f"norm must be positive, got {norm}.")
 
     def encode(ctx, message, server_state, client_state):
-        size = optax.tree.norm(optax.tree.cast(message.payload, jnp.float32))
+        size = tree.norm(message.payload)
         factor = norm / jnp.maximum(size, norm)
         message = message._replace(payload=tree.scale(factor, message.payload))
         return message, client_state, {"clipped": size > norm}

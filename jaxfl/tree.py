@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 PyTree = Any
 
@@ -37,6 +38,15 @@ def require_floats(tree: PyTree, name: str) -> None:
     for x in jax.tree.leaves(tree):
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             raise TypeError(f"{name}: payload must be of floats, got {x.dtype}.")
+
+
+def norm(tree: PyTree, squared: bool = False) -> jax.Array:
+    """The Euclidean norm over all leaves together, or its square, in float32.
+
+    >>> norm({"w": jnp.array([3.0], jnp.bfloat16), "b": jnp.array([4.0])}).item()
+    5.0
+    """
+    return optax.tree.norm(optax.tree.cast(tree, jnp.float32), squared=squared)
 
 
 def mask(flag: jax.Array, tree: PyTree) -> PyTree:

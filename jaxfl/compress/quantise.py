@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import DTypeLike
 
 from jaxfl import tree
@@ -39,10 +40,9 @@ def cast(dtype: DTypeLike) -> Channel:
 
     def encode(ctx, message, server_state, client_state):
         payload = message.payload
-        d = sum(x.size for x in jax.tree.leaves(payload))
         message = message._replace(
             payload=jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), payload),
-            bits=if_sent(message, width * d),
+            bits=if_sent(message, width * optax.tree.size(payload)),
         )
         return message, client_state, ()
 

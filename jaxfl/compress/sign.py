@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxfl import tree
 from jaxfl.compress.vector import codec, if_sent
@@ -76,8 +77,8 @@ def sign_majority() -> Channel:
         signs = jax.tree.map(
             lambda x: jnp.where(x >= 0, 1, -1).astype(x.dtype), payload
         )
-        d = sum(x.size for x in jax.tree.leaves(payload))
-        message = message._replace(payload=signs, bits=if_sent(message, d))
+        bits = if_sent(message, optax.tree.size(payload))
+        message = message._replace(payload=signs, bits=bits)
         return message, client_state, ()
 
     def decode(ctx, payload, server_state, report):
