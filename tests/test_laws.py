@@ -12,6 +12,7 @@ import optax
 import pytest
 import toy
 from encoders import ENCODERS, layer_key
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxfl
 from jaxfl import Aggregator, chain, communicate, compress, core, mean
@@ -187,10 +188,12 @@ PLANS = {
     "2 devices, chunks of 2": (2, 2),
 }
 
-every_part = pytest.mark.parametrize("name", PARTS)
+# All laws of a part in a row, which is what the scope is for: its programs are compiled
+# once, and let go with it, as the system gives a process only so many mappings.
+every_part = pytest.mark.parametrize("name", PARTS, scope="module")
 # Where a law is about what runs a part and not about the part.
 some_parts = pytest.mark.parametrize(
-    "name", ["fedavg", "clip", "at_client, keys", "random", "median"]
+    "name", ["fedavg", "clip", "at_client, keys", "random", "median"], scope="module"
 )
 
 
@@ -201,10 +204,11 @@ def build(name, h=1.0, plan=(None, None)):
 
 
 # The same object again, which need not be traced and compiled again.
-built = functools.cache(build)
+of_this_part = functools.lru_cache(maxsize=1)
+built = of_this_part(build)
 
 
-@functools.cache
+@of_this_part
 def begun(federation):
     return federation.init(toy.params(), toy.data())
 
@@ -221,6 +225,8 @@ def each_round(federation, cohort, rounds, params=None, data=None, jit=True, see
     data = toy.data() if data is None else data
     cohort = toy.cohort(data) if cohort is None else cohort
     state = begun(federation) if as_usual else federation.init(params, data)
+    if federation.mesh is not None:  # where it would be compiled again for round 2
+        state = jax.device_put(state, NamedSharding(federation.mesh, PartitionSpec()))
     round_fn = jax.jit(federation.round) if jit else federation.round
     done = []
     for _ in range(rounds):
@@ -229,7 +235,7 @@ def each_round(federation, cohort, rounds, params=None, data=None, jit=True, see
     return done
 
 
-@functools.cache
+@of_this_part
 def plain_rounds(name):
     """What a part gives with the whole cohort at once on one device, in two rounds."""
     return each_round(built(name), None, 2)
@@ -239,7 +245,7 @@ def plainly(name):
     return plain_rounds(name)[-1]
 
 
-@functools.cache
+@of_this_part
 def without(name, absent):
     """What it gives when one client is not in the cohort."""
     others = [i for i in range(toy.N) if i != absent]
@@ -311,13 +317,13 @@ def test_chain_is_associative(name):
 @some_parts
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_plan_does_not_matter(name, plan):
-    assert_close(run(built(name, plan=plan)), plainly(name))
+    assert_close(run(build(name, plan=plan)), plainly(name))
 
 
 @every_part
 def test_plan_does_not_matter_to_any_part(name):
     """In chunks, on devices, with rows of padding."""
-    assert_close(run(built(name, plan=(2, 2))), plainly(name))
+    assert_close(run(build(name, plan=(2, 2))), plainly(name))
 
 
 def client_state(name):
@@ -327,7 +333,9 @@ def client_state(name):
     return jax.tree.leaves(state.clients)
 
 
-@pytest.mark.parametrize("name", [p for p in PARTS if client_state(p)])
+@pytest.mark.parametrize(
+    "name", [p for p in PARTS if client_state(p)], scope="module"
+)
 def test_spread_states_do_not_matter(name):
     """Clients' states are spread over devices that divide N, as none do above."""
     data = toy.data((*toy.SIZES, 1))
@@ -351,22 +359,22 @@ def test_order_does_not_matter(name):
 
 @every_part
 def test_absent_is_never_asked(name):
-    absent_is_never_asked(name, (None, None))
+    absent_is_never_asked(name, built(name))
 
 
 @some_parts
 def test_absent_is_never_asked_on_a_mesh(name):
-    absent_is_never_asked(name, (2, 2))
+    absent_is_never_asked(name, build(name, plan=(2, 2)))
 
 
-def absent_is_never_asked(name, plan):
+def absent_is_never_asked(name, federation):
     absent = 3
     x, y, ids = toy.examples()
     x[ids == absent], y[ids == absent] = np.nan, np.nan
     data = jaxfl.from_arrays(jnp.asarray(x), jnp.asarray(y), ids, toy.N)
     alive = np.arange(toy.N) != absent
     cohort = toy.cohort(data, range(toy.N), alive)
-    state, info = run(built(name, plan=plan), cohort, data=data)
+    state, info = run(federation, cohort, data=data)
 
     want_state, want_info = without(name, absent)
     assert_close(state, want_state)
@@ -413,23 +421,21 @@ def test_dtypes_are_kept(name, dtype):
 def test_vmap_over_seeds_and_hyper_parameters(name):
     data = toy.data()
 
-    def whole_run(h, seed):
+    @jax.jit
+    @jax.vmap
+    def whole_runs(h, seed):
         federation = build(name, h)
         state = federation.init(toy.params(), data)
-        state, (info, _) = jaxfl.scan_rounds(
-            federation,
-            state,
-            data,
-            rounds=2,
-            key=jax.random.key(seed),
-            cohort_size=4,
-        )
-        return jaxfl.tree.without_keys(state), info.sent
+        done = each_round(federation, None, 2, seed=seed, jit=False)
+        return jaxfl.tree.without_keys(done)
 
-    h, seeds = jnp.array([0.5, 1.0, 1.0]), jnp.array([3, 3, 4])
-    together = jax.jit(jax.vmap(whole_run))(h, seeds)
-    alone = [jax.jit(whole_run)(h[i], seeds[i]) for i in range(3)]
-    assert_close(together, jax.tree.map(lambda *x: jnp.stack(x), *alone))
+    h, seeds = jnp.array([0.5, 1.0, 1.0]), jnp.array([7, 7, 8])
+    together = whole_runs(h, seeds)
+    plain = jaxfl.tree.without_keys(plain_rounds(name))
+    assert_close(jax.tree.map(lambda x: x[1], together), plain)
+    # Each run is its own, whatever runs beside it.
+    other = whole_runs(h[::-1], seeds[::-1])
+    assert_same(jax.tree.map(lambda x: x[::-1], other), together)
 
 
 # --- 6. randomness belongs to the client, not to its place ------------------
@@ -531,6 +537,7 @@ def test_bits_are_the_length_of_the_encoding(name):
         if parts(1.0)[0].bits_down is core.every_bit
         and parts(1.0)[0].receive is core.keep
     ],
+    scope="module",
 )
 def test_bits_down_are_the_broadcast(name):
     algorithm = PARTS[name](1.0)[0]
