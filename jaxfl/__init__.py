@@ -17,6 +17,7 @@ from jaxfl import (
     models,
     plan,
     plot,
+    privacy,
     topology,
     tree,
 )
@@ -45,7 +46,7 @@ from jaxfl.evaluate import compare, on_server
 from jaxfl.history import History
 from jaxfl.mesh import client_mesh
 from jaxfl.plan import cores_as_devices, dry_run, tune
-from jaxfl.privacy import clip
+from jaxfl.privacy.clip import clip
 from jaxfl.round import federate, map_clients
 from jaxfl.simulate import sample_cohort, scan_rounds, simulate
 from jaxfl.stream import on_host
@@ -77,6 +78,7 @@ __all__ = [
     "identity",
     "clip",
     "mean",
+    "privacy",
     "gate",
     "communicate",
     "tap",

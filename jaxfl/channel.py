@@ -13,7 +13,18 @@ import jax.numpy as jnp
 import optax
 
 from jaxfl import tree
-from jaxfl.core import Channel, Context, Message, Payload, PyTree, pass_on
+from jaxfl.core import (
+    Bound,
+    Channel,
+    Context,
+    Message,
+    Payload,
+    PyTree,
+    pass_on,
+    send_on,
+    unbounded,
+    unchanged,
+)
 
 
 def chain(*channels: Channel) -> Channel:
@@ -59,9 +70,10 @@ def chain(*channels: Channel) -> Channel:
 
     def encode(ctx, message, server_state, client_state):
         states, reports = [], []
+        bounds = _bounds(layers, ctx.bound or Bound())
         for i, layer in enumerate(layers):
             message, state, report = layer.encode(
-                at_layer(ctx, i), message, server_state[i], client_state[i]
+                at_layer(ctx, i, bounds[i]), message, server_state[i], client_state[i]
             )
             states.append(state)
             reports.append(report)
@@ -69,22 +81,66 @@ def chain(*channels: Channel) -> Channel:
 
     def decode(ctx, payload, server_state, report):
         states = list(server_state)
+        moved = _sensitivities(layers, ctx.bound or Bound())
         for i, layer in reversed(list(enumerate(layers))):
             payload, states[i] = layer.decode(
-                at_layer(ctx, i), payload, server_state[i], report[i]
+                at_layer(ctx, i, moved[i]), payload, server_state[i], report[i]
             )
         return payload, tuple(states)
 
-    of_sums = any(layer.of_sums for layer in layers)
-    return Channel(init, encode, decode, tuple(layers), of_sums, sends)
+    return Channel(
+        *(init, encode, decode, tuple(layers)),
+        of_sums=any(layer.of_sums for layer in layers),
+        sends=sends,
+        bound=lambda bound: _bounds(layers, bound)[-1],
+        sensitivity=lambda bound: _sensitivities(layers, bound)[-1],
+    )
 
 
-def at_layer(ctx: Context, layer: int) -> Context:
+def at_layer(ctx: Context, layer: int, bound: Bound) -> Context:
     """The context of one layer, whose keys are its own."""
     return ctx._replace(
         key=jax.random.fold_in(ctx.key, layer),
         shared_key=jax.random.fold_in(ctx.shared_key, layer),
+        bound=bound,
     )
+
+
+def _bounds(layers, bound: Bound) -> list[Bound]:
+    """Of the message that comes to each layer, and last of that which leaves all."""
+    bounds = [bound]
+    for layer in layers:
+        bounds.append(layer.bound(bounds[-1]))
+    return bounds
+
+
+def _sensitivities(layers, bound: Bound) -> list[Bound]:
+    """To one client, of the aggregate that comes to each layer, and last of that which
+    leaves all, if what comes to the last layer is within a bound."""
+    moved = [bound]
+    for layer in reversed(layers):
+        moved.append(layer.sensitivity(moved[-1]))
+    return [*moved[-2::-1], moved[-1]]
+
+
+def mechanisms(channel: Channel, linear: bool = True) -> list:
+    """The mechanisms of all layers that add noise, in the order of the chain.
+
+    Args:
+      channel: a chain, or one layer.
+      linear: whether the messages are summed, see `Aggregator`.
+
+    Raises:
+      ValueError: if noise is added to what nothing bounds.
+    """
+    layers = (channel,) if channel.layers is None else channel.layers
+    bounds = _bounds(layers, Bound())
+    moved = _sensitivities(layers, bounds[-1] if linear else Bound())
+    return [
+        layer.mechanism(bound, sensitivity)
+        for layer, bound, sensitivity in zip(layers, bounds, moved, strict=False)
+        if layer.mechanism is not None
+    ]
 
 
 def identity() -> Channel:
@@ -102,7 +158,9 @@ def mean(denominator: float | None = None) -> Channel:
     `sum_{i in S} w_i x_i / sum_{i in S} w_i`, or with a fixed denominator
     `sum_{i in S} x_i / denominator`. It is a channel, so that what stands to its left
     acts on a client's own update and what stands to its right on its weighted share.
-    When nobody sends, the mean is 0.
+    When nobody sends, the mean is 0. Under differential privacy only the latter will
+    do: weights are data that nothing bounds, so that one client may move the former as
+    far as it likes.
 
     Client sends: its payload times its weight, in the payload's dtype, and the weight.
     Server sees: both. Bits: 32 more, for the weight (none with a fixed denominator).
@@ -135,7 +193,15 @@ def mean(denominator: float | None = None) -> Channel:
         def divide(ctx, payload, server_state, report):
             return tree.scale(1.0 / jnp.float32(denominator), payload), server_state
 
-        return Channel(_floats_only, decode=divide, of_sums=True)
+        def share(bound):
+            return Bound(bound.l2 / denominator, bound.l1 / denominator)
+
+        return Channel(
+            *(_floats_only, send_on, divide),
+            of_sums=True,
+            bound=unchanged,
+            sensitivity=share,
+        )
 
     def encode(ctx, message, server_state, client_state):
         message = message._replace(
@@ -220,7 +286,11 @@ def gate_by(
         )
         return message, kept, report | {"open": send}
 
-    return Channel(both, encode, decode)
+    return Channel(
+        *(both, encode, decode),
+        bound=unbounded if keep else unchanged,
+        sensitivity=unchanged if decode is pass_on else unbounded,
+    )
 
 
 def with_kept(message: Message, kept: Payload) -> Message:
@@ -249,7 +319,7 @@ def tap(name: str = "tap") -> Channel:
     def encode(ctx, message, server_state, client_state):
         return message, client_state, {name: message.payload}
 
-    return Channel(encode=encode)
+    return Channel(encode=encode, bound=unchanged, sensitivity=unchanged)
 
 
 def on(part: str | Callable[[str], bool], channel: Channel) -> Channel:
@@ -392,7 +462,7 @@ def at_client(transform: optax.GradientTransformation) -> Channel:
         payload, client_state = transform.update(message.payload, client_state)
         return message._replace(payload=payload), client_state, ()
 
-    return Channel(init, encode)
+    return Channel(init, encode, sensitivity=unchanged)
 
 
 def at_server(transform: optax.GradientTransformation) -> Channel:
@@ -418,4 +488,4 @@ def at_server(transform: optax.GradientTransformation) -> Channel:
     def decode(ctx, payload, server_state, report):
         return transform.update(payload, server_state)
 
-    return Channel(init, decode=decode)
+    return Channel(init, decode=decode, bound=unchanged)

@@ -10,6 +10,7 @@ has, a pseudo-gradient, so that any optax optimiser at the server descends along
 Axes are named `N`, the population; `K`, the cohort of one round.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,24 @@ Data = PyTree
 Metrics = PyTree
 
 
+class Bound(NamedTuple):
+    """What the message of one client does not exceed, whatever its data are.
+
+    Attributes:
+      l2: its Euclidean norm, over all leaves together.
+      l1: the sum of its absolute values.
+    """
+
+    l2: float | jax.Array = math.inf
+    l1: float | jax.Array = math.inf
+
+
+def unbounded(bound: Bound) -> Bound:
+    """Nothing is known of what comes out."""
+    del bound
+    return Bound()
+
+
 class Context(NamedTuple):
     """What every part may know about the round that it is in.
 
@@ -37,6 +56,8 @@ class Context(NamedTuple):
       alive: bool `[K]`, who of the roster takes part to the end.
       population: int32 `[]`, N.
       broadcast: what came down to every client of the cohort at the round's start.
+      bound: to `Channel.encode`, of the message that comes in; to `Channel.decode`, of
+        what one client has added to the aggregate; None where there is none.
     """
 
     key: jax.Array
@@ -47,6 +68,7 @@ class Context(NamedTuple):
     alive: jax.Array
     population: jax.Array
     broadcast: PyTree = ()
+    bound: Bound | None = None
 
 
 class Message(NamedTuple):
@@ -165,9 +187,9 @@ def pass_on(ctx, payload, server_state, report):
     return payload, server_state
 
 
-def unchanged(payload: Payload) -> Payload:
-    """The default shape of what is sent: that of the payload."""
-    return payload
+def unchanged(x: Any) -> Any:
+    """What comes out is shaped, or bounded, as what goes in."""
+    return x
 
 
 class Channel(NamedTuple):
@@ -185,6 +207,14 @@ class Channel(NamedTuple):
         `mean` does; such a channel takes no aggregator that is not linear.
       sends: `payload -> payload`, zeros shaped as what encode makes of such a payload;
         as the payload itself by default.
+      bound: `Bound -> Bound`, of what encode makes of a message within a bound. That
+        nothing is known, the default, is always true.
+      sensitivity: `Bound -> Bound`, how far one client moves what decode returns, if
+        it moves what decode is given within a bound.
+      mechanism: what an accountant must know of the noise that this channel adds, if it
+        adds any: `(bound, sensitivity) -> Mechanism`, of the message that comes in and
+        of the aggregate that noise is added to; a ValueError where it needs a bound and
+        there is none. See `jaxfl.privacy`.
     """
 
     init: Callable = no_state
@@ -193,6 +223,9 @@ class Channel(NamedTuple):
     layers: "tuple[Channel, ...] | None" = None
     of_sums: bool = False
     sends: Callable = unchanged
+    bound: Callable[[Bound], Bound] = unbounded
+    sensitivity: Callable[[Bound], Bound] = unbounded
+    mechanism: Callable[[Bound, Bound], Any] | None = None
 
 
 def star(ctx: Context, bits: jax.Array, delivered: jax.Array, reply: jax.Array):

@@ -12,9 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxfl import tree
 from jaxfl.aggregate import total
+from jaxfl.channel import mechanisms
 from jaxfl.core import (
     Aggregator,
     Algorithm,
+    Bound,
     Channel,
     ClientState,
     Cohort,
@@ -31,6 +33,7 @@ from jaxfl.core import (
 )
 from jaxfl.data.federated import ClientData
 from jaxfl.mesh import AXIS, NOBODY, by_coordinates, per_device, read_rows, write_rows
+from jaxfl.privacy.mechanism import Local
 
 PyTree = Any
 
@@ -175,7 +178,8 @@ def federate(
         client's state stays as it was.
       - A round in which nothing is delivered, because nobody sent or because the
         aggregate overflowed, leaves the algorithm's state as it was (after an
-        overflow the channel's and aggregator's too).
+        overflow the channel's and aggregator's too). Where the server adds noise, that
+        nobody sent is private, and the server steps by the noise.
 
     Args:
       algorithm: what is computed.
@@ -192,7 +196,8 @@ def federate(
     Raises:
       TypeError: if a part is not of its type.
       ValueError: if chunk_size is not positive, mesh has no axis "clients", or the
-        channel has a `mean` and the aggregator is not linear.
+        channel has a `mean` and the aggregator is not linear, or adds noise to what
+        nothing bounds.
 
     >>> import optax
     >>> from jaxfl import fedavg, from_arrays, mean
@@ -220,6 +225,12 @@ def federate(
             "channel: mean() divides a sum, and the aggregator is not linear; "
             "leave mean() out."
         )
+    # One client moves a sum by its own message; what it moves a median by, nobody says.
+    summed_bound = channel.bound(Bound()) if aggregator.linear else Bound()
+    private = any(
+        not isinstance(mechanism, Local)
+        for mechanism in mechanisms(channel, aggregator.linear)
+    )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
     if mesh is not None and AXIS not in mesh.axis_names:
@@ -351,7 +362,7 @@ def federate(
             sent,
             server.aggregator,
         )
-        decode_ctx = ctx._replace(key=decode_key)
+        decode_ctx = ctx._replace(key=decode_key, bound=summed_bound)
 
         def decode(payload):
             return channel.decode(decode_ctx, payload, server.channel, reports)
@@ -379,7 +390,9 @@ def federate(
             Outcome(payload, sent, delivered),
         )
         stepped = _same(server.algorithm, stepped, "algorithm.server")
-        stepped = optax.tree.where(jnp.any(delivered), stepped, server.algorithm)
+        # That nobody was there is private too: then the noise alone is what arrives.
+        goes_on = fine if private else jnp.any(delivered)
+        stepped = optax.tree.where(goes_on, stepped, server.algorithm)
 
         def rows_of_padded(x):
             full = jnp.zeros((padded.alive.shape[0], *x.shape[1:]), x.dtype)

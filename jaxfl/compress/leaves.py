@@ -44,7 +44,7 @@ def leafwise(channel: Channel) -> Channel:
         states, reports = [], []
         for i, leaf in enumerate(leaves):
             one, state, report = encode_part(
-                *(channel, at_layer(ctx, i), leaf, message.weight),
+                *(channel, at_layer(ctx, i, ctx.bound), leaf, message.weight),
                 *(server_state[i], client_state[i]),
             )
             leaves[i], bits, header = one.payload, bits + one.bits, header + one.header
@@ -62,7 +62,7 @@ def leafwise(channel: Channel) -> Channel:
         states = list(server_state)
         for i, leaf in enumerate(leaves):
             leaves[i], states[i] = channel.decode(
-                at_layer(ctx, i), leaf, states[i], report[i]
+                at_layer(ctx, i, ctx.bound), leaf, states[i], report[i]
             )
         return structure.unflatten(leaves), tuple(states)
 

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxfl import tree
 from jaxfl.compress.vector import Layout, codec, if_sent, inverse
-from jaxfl.core import Channel
+from jaxfl.core import Bound, Channel
 
 
 def rotation() -> Channel:
@@ -62,7 +62,12 @@ def rotation() -> Channel:
         x = _rotate_back(ctx.shared_key, payload, layout.size)
         return layout.unravel(x), layout
 
-    return Channel(init, encode, decode, sends=sends)
+    def isometry(bound):
+        return Bound(l2=bound.l2)
+
+    return Channel(
+        *(init, encode, decode), sends=sends, bound=isometry, sensitivity=isometry
+    )
 
 
 def eden(bits: int) -> Channel:

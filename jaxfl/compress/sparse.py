@@ -7,7 +7,7 @@ from jax.flatten_util import ravel_pytree
 from jaxfl import tree
 from jaxfl.channel import identity
 from jaxfl.compress.vector import decodes_alone, if_sent
-from jaxfl.core import Channel
+from jaxfl.core import Channel, unbounded, unchanged
 
 
 def top_k(fraction: float, values: Channel | None = None) -> Channel:
@@ -142,7 +142,9 @@ def _some(name, fraction, values, choose, index_bits, unbiased) -> Channel:
         message = message._replace(payload=unravel(sent), bits=message.bits + indices)
         return message, client_state, report
 
-    return Channel(init, encode)
+    # The largest as they are: any norm is that of the whole at most.
+    bound = unchanged if as_they_are and not unbiased else unbounded
+    return Channel(init, encode, bound=bound, sensitivity=unchanged)
 
 
 def check_fraction(fraction: float) -> None:
