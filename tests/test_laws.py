@@ -578,7 +578,8 @@ def test_no_message_exceeds_its_bound(name, comes):
     bound = channel.bound(comes)
     rng = np.random.default_rng(0)
     ctx = core.server_context(
-        *(jax.random.key(0), 0, jnp.arange(4), jnp.ones(4, bool), 4, toy.params())
+        *(jax.random.key(0), jnp.int32(0), jnp.arange(4), jnp.ones(4, bool)),
+        *(jnp.int32(4), toy.params()),
     )._replace(bound=comes)
     server_state, client_state = channel.init(toy.params())
     for _ in range(5):
