@@ -140,6 +140,7 @@ def _beside_zeros(channel: Channel, name: str):
 
 def _arrived(channel, ctx, message: Message, wanted, server_state, client_state):
     """What the server gets of a payload, and the message, state and report."""
+    ctx = ctx and ctx._replace(bound=None)  # that of the update, not of what is wanted
     message, client_state, report = channel.encode(
         ctx, message._replace(payload=wanted), server_state, client_state
     )
