@@ -19,7 +19,8 @@ import toy
 
 import jaxfl
 from jaxfl.checkpoint import digest
-from jaxfl.simulate import _draw_few, _segment, sample_cohort, scan_rounds
+from jaxfl.sampling import _draw_few, sample_cohort
+from jaxfl.simulate import _segment, scan_rounds
 
 FEDERATION = jaxfl.federate(
     jaxfl.fedavg(toy.loss, optax.sgd(0.1, 0.5), optax.adam(0.05), batch_size=2),

@@ -9,7 +9,7 @@ user nor accountant need know it:
 """
 
 from jaxfl.privacy.clip import adaptive_clip, clip, clip_layers
-from jaxfl.privacy.mechanism import Gaussian, Laplace, Local, noise_left
+from jaxfl.privacy.mechanism import Gaussian, Laplace, Local, Reported, noise_left
 from jaxfl.privacy.noise import gaussian, laplace, local_gaussian, local_laplace
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "Gaussian",
     "Laplace",
     "Local",
+    "Reported",
 ]
