@@ -1,6 +1,5 @@
 """What an accountant must know of the noise in a channel."""
 
-import math
 from typing import Any, NamedTuple
 
 
@@ -49,14 +48,14 @@ class Local(NamedTuple):
     noise: Gaussian | Laplace
 
 
-def noise_left(noise_multiplier: float, spent: float) -> float:
+def noise_left(noise_multiplier, spent):
     """The noise that a second mechanism needs, after a first, for both to count as one.
 
     `z' = (z^-2 - s^-2)^(-1/2)`: normal noise of multipliers s and z' on two sums over
     the same clients is as private as one of multiplier z.
 
     Args:
-      noise_multiplier: z, of both together.
+      noise_multiplier: z, of both together; it and `spent` may be traced arrays.
       spent: s, of the first; larger than z.
 
     Raises:
@@ -67,9 +66,10 @@ def noise_left(noise_multiplier: float, spent: float) -> float:
 
     Reference: Andrew et al. 2021, arXiv:1905.03871, theorem 1.
     """
-    if not 0 < noise_multiplier < spent:
+    known = isinstance(noise_multiplier, int | float) and isinstance(spent, int | float)
+    if known and not 0 < noise_multiplier < spent:
         raise ValueError(
             f"noise_multiplier must be between 0 and spent = {spent}, "
             f"got {noise_multiplier}."
         )
-    return 1 / math.sqrt(noise_multiplier**-2 - spent**-2)
+    return (noise_multiplier**-2.0 - spent**-2.0) ** -0.5
