@@ -39,8 +39,8 @@ class ClassicRdp(RdpAccountant):
 
     def get_epsilon(self, target_delta: float) -> float:
         above = self.orders > 1
-        spare = -math.log(target_delta) if target_delta else math.inf
-        return float(np.min(self.rdp[above] + spare / (self.orders[above] - 1)))
+        slack = -math.log(target_delta) / (self.orders[above] - 1)
+        return float(np.min(self.rdp[above] + slack))
 
 
 def epsilon(
@@ -80,10 +80,10 @@ def epsilon(
       population: N.
       cohort: what `simulate` is given as `cohort_size`.
       rounds: how many.
-      delta: at least 0 and less than 1; below 1 / N for it to mean anything.
+      delta: between 0 and 1, and below 1 / N for it to mean anything.
       accountant: `PLDAccountant` or `RdpAccountant` of dp_accounting, `ClassicRdp`, or
-        a `functools.partial` of one. The first by default, which is the tightest, or
-        the second where the first does not know the mechanism, as with K of N.
+        a `functools.partial` of one. The first by default, which is the tightest, but
+        the second for K of N, of which the first knows nothing.
 
     Returns:
       epsilon; infinite if nothing is guaranteed with this delta.
@@ -93,8 +93,8 @@ def epsilon(
         nothing bounds, as with an aggregator that is not linear; a channel left of the
         noise that heeds what clients report, such as a mean weighted by data or a
         `communicate.target_rate`; multipliers that are traced; local and central noise
-        in one channel; a mechanism that no accountant knows under this sampling, such
-        as Laplace noise with K of N clients; if a number is out of range.
+        in one channel; a mechanism that the accountant does not know under this
+        sampling, such as Laplace noise with K of N; if a number is out of range.
 
     >>> from jaxfl import Poisson, chain, clip, mean
     >>> from jaxfl.privacy import gaussian
@@ -164,7 +164,7 @@ def calibrate(
     while not enough(high):
         high *= 2
         if high > start * 2**20:
-            raise ValueError(f"target: no noise gives epsilon {target}, {delta=}.")
+            raise ValueError(f"target: no noise gives epsilon {target}.")
     low = high / 2
     while enough(low):
         high, low = low, low / 2
@@ -222,8 +222,20 @@ class _Release(NamedTuple):
 def _epsilon(private, population, cohort, rounds, delta, accountant) -> float:
     # A mechanism whose noise depends on that of other rounds, such as a matrix
     # mechanism, is one release of the whole run: its event is made here instead.
-    release = _release(_noise_of(private), population, cohort)
-    count = _supporting(accountant, release)
+    releases = _releases(_noise_of(private), population, cohort)
+    return min(_spent(release, rounds, delta, accountant) for release in releases)
+
+
+def _spent(release: _Release, rounds: int, delta: float, accountant) -> float:
+    if accountant is None:
+        replaced = release.relation is REPLACE
+        accountant = RdpAccountant if replaced else PLDAccountant
+    count = accountant(neighboring_relation=release.relation)
+    if not count.supports(release.event):
+        raise ValueError(
+            f"accountant: {type(count).__name__} knows no bound for this mechanism "
+            f"under this sampling, {release.event}."
+        )
     spent = count.compose(release.event, rounds).get_epsilon
     if not release.overflow:
         return float(spent(delta))
@@ -284,20 +296,21 @@ def _require_deaf(channel: Channel, found: list) -> None:
             )
 
 
-def _release(found: list, population: int, cohort: int | Poisson | None) -> _Release:
+def _releases(found, population: int, cohort: int | Poisson | None) -> list[_Release]:
+    """Of one round, as it may be seen; each gives a bound."""
     if isinstance(found[0], Local):
-        return _Release(_together([mechanism.noise for mechanism in found], moved=2))
+        return [_Release(_together([mechanism.noise for mechanism in found], moved=2))]
+    event = _together(found, moved=1)
     if cohort is None or cohort == population:
-        return _Release(_together(found, moved=1))
+        return [_Release(event)]
     if isinstance(cohort, Poisson):
-        event = _together(found, moved=1)
-        rate = cohort.rate(population)
-        return _Release(dp.PoissonSampledDpEvent(rate, event), overflow=cohort.overflow)
+        sampled = dp.PoissonSampledDpEvent(cohort.rate(population), event)
+        return [_Release(sampled, overflow=cohort.overflow)]
     size = cohort_rows(cohort, population)
     event = _together(found, moved=2)
-    return _Release(
-        dp.SampledWithoutReplacementDpEvent(population, size, event), REPLACE
-    )
+    sampled = dp.SampledWithoutReplacementDpEvent(population, size, event)
+    # Of nearly all clients the bound is worse than if it were shown who was drawn.
+    return [_Release(sampled, REPLACE), _Release(event, REPLACE)]
 
 
 def _together(noises: Sequence, moved: float) -> dp.DpEvent:
@@ -337,22 +350,9 @@ def _multiplier(noise: Gaussian | Laplace) -> float:
     return multiplier
 
 
-def _supporting(accountant: Accountant | None, release: _Release):
-    """A new accountant that knows the event."""
-    known = (PLDAccountant, RdpAccountant) if accountant is None else (accountant,)
-    for make in known:
-        count = make(neighboring_relation=release.relation)
-        if count.supports(release.event):
-            return count
-    raise ValueError(
-        "accountant: none that was tried knows a bound for this mechanism under this "
-        f"sampling, {release.event}."
-    )
-
-
 def _check(population, rounds, delta):
     for name, value in (("population", population), ("rounds", rounds)):
         if value != int(value) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    if not 0 <= delta < 1:
-        raise ValueError(f"delta must be at least 0 and less than 1, got {delta}.")
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must be between 0 and 1, got {delta}.")

@@ -5,7 +5,15 @@ import sys
 
 import pytest
 
-HEAVY = ("matplotlib", "tensorflow", "tensorflow_datasets", "orbax.checkpoint")
+HEAVY = (
+    "matplotlib",
+    "tensorflow",
+    "tensorflow_datasets",
+    "orbax.checkpoint",
+    "dp_accounting",
+    "jax_privacy",
+    "jaxfl.accounting",
+)
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,7 @@ def test_hyper_parameters_traced_from_outside(mesh):
     assert_close(many(0.1), one(0.1))
 
 
-@pytest.mark.parametrize("cohort_size", [None, 3])
+@pytest.mark.parametrize("cohort_size", [None, 3, jaxfl.Poisson(3)])
 def test_simulate_over_devices(mesh, cohort_size):
     def run(mesh):
         algorithm = jaxfl.fedavg(toy.loss, optax.sgd(0.1), batch_size=2)

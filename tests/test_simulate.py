@@ -1,6 +1,7 @@
 """Whole runs: sampling, histories, checkpoints, interruptions."""
 
 import concurrent.futures
+import functools
 import gc
 import os
 import signal
@@ -14,18 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import scipy.stats
 import toy
 
 import jaxfl
 from jaxfl.checkpoint import digest
-from jaxfl.sampling import _draw_few, sample_cohort
 from jaxfl.simulate import _segment, scan_rounds
 
 FEDERATION = jaxfl.federate(
     jaxfl.fedavg(toy.loss, optax.sgd(0.1, 0.5), optax.adam(0.05), batch_size=2),
     jaxfl.chain(jaxfl.at_client(optax.add_noise(0.1, 0.0, key=0)), jaxfl.mean()),
 )
+
+
+POISSON = jaxfl.Poisson(3, overflow=0.1)  # five rows, which may be too few
 
 
 def evaluate(state):
@@ -91,14 +93,16 @@ def test_evaluations_are_made_every_so_many_rounds(every, at):
     np.testing.assert_array_equal(history["b"], fine["b"][np.array(at) - 1])
 
 
-@pytest.mark.parametrize("every", [2, 3, 7])
-def test_segments_do_not_matter_to_the_bit(every):
-    (got, got_history), (want, want_history) = run(7, every=every), run(7)
+@pytest.mark.parametrize("every, size", [(2, 3), (3, 3), (7, 3), (3, POISSON)])
+def test_segments_do_not_matter_to_the_bit(every, size):
+    got, got_history = run(7, every=every, cohort_size=size)
+    want, want_history = run(7, cohort_size=size)
     assert_same(got, want)
     assert_same(got_history.clients, want_history.clients)
 
 
-def test_scan_rounds_is_simulate():
+@pytest.mark.parametrize("size", [3, POISSON])
+def test_scan_rounds_is_simulate(size):
     start = FEDERATION.init(toy.params(), toy.data())
     state, (info, evaluations) = jax.jit(
         lambda state: scan_rounds(
@@ -107,12 +111,12 @@ def test_scan_rounds_is_simulate():
             toy.data(),
             rounds=6,
             key=jax.random.key(0),
-            cohort_size=3,
+            cohort_size=size,
             evaluate=evaluate,
             every=2,
         )
     )(start)
-    want, history = run(6, every=2)
+    want, history = run(6, every=2, cohort_size=size)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
         (state.params, evaluations, info.metrics),
@@ -228,30 +232,6 @@ def test_the_progress_bar_changes_nothing(options, capsys):
 # --- cohorts -----------------------------------------------------------------
 
 
-def chi_square(draw, n=5, draws=4000):
-    """The p-value of `[draws, 2]` cohorts against ordered pairs, all as likely."""
-    pairs = np.asarray(
-        jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(1), draws))
-    )
-    counts = np.zeros((n, n))
-    np.add.at(counts, (pairs[:, 0], pairs[:, 1]), 1)
-    assert not np.diag(counts).any(), "a client was drawn twice"
-    return scipy.stats.chisquare(counts[~np.eye(n, dtype=bool)]).pvalue
-
-
-def test_cohorts_are_uniform_without_replacement():
-    ones = jnp.ones(5)
-    assert chi_square(lambda key: sample_cohort(key, ones, 2).client) > 0.01
-
-
-def test_few_of_many_are_uniform_without_replacement():
-    assert chi_square(lambda key: _draw_few(key, 5, 2)) > 0.01
-    assert chi_square(lambda key: _draw_few(key, 5, 4)[2:]) > 0.01
-    client = sample_cohort(jax.random.key(0), jnp.ones(100_000), 5_000).client
-    assert client.dtype == jnp.int32 and len(set(client.tolist())) == 5_000
-    assert client.min() < 100 and client.max() >= 99_900
-
-
 def test_gradients_go_through_the_draw_of_few_of_many():
     y = jnp.linspace(0.0, 1.0, 20_000)
     data = jaxfl.from_arrays(y, y, np.arange(len(y)))
@@ -267,26 +247,6 @@ def test_gradients_go_through_the_draw_of_few_of_many():
     slope = jax.grad(final)(0.1)
     assert abs(slope) > 0.01
     np.testing.assert_allclose(slope, jax.jacfwd(final)(0.1), rtol=1e-6)
-
-
-def test_the_uniformity_test_sees_a_bias():
-    def biased(key):
-        p = jnp.array([0.23, 0.21, 0.19, 0.19, 0.18])
-        return jax.random.choice(key, 5, (2,), replace=False, p=p)
-
-    assert chi_square(biased) < 1e-4
-    with pytest.raises(AssertionError, match="twice"):
-        chi_square(lambda key: jax.random.choice(key, 5, (2,)))
-
-
-def test_a_cohort_is_of_its_clients():
-    data = toy.data()
-    cohort = sample_cohort(jax.random.key(3), data, 4)
-    sizes = np.array(toy.SIZES)[cohort.client]
-    assert cohort.weight.tolist() == cohort.data.size.tolist() == sizes.tolist()
-    assert cohort.alive.all() and len(set(cohort.client.tolist())) == 4
-    everyone = sample_cohort(jax.random.key(3), data)
-    assert everyone.client.tolist() == list(range(toy.N))
 
 
 def test_cohorts_differ_between_rounds():
@@ -306,6 +266,9 @@ def test_cohorts_differ_between_rounds():
         (ValueError, "every", {"every": 0}),
         (ValueError, "cohort_size", {"cohort_size": 0}),
         (ValueError, "cohort_size", {"cohort_size": 8}),
+        (ValueError, "expected", {"cohort_size": jaxfl.Poisson(7)}),
+        (ValueError, "expected", {"cohort_size": jaxfl.Poisson(0)}),
+        (ValueError, "overflow", {"cohort_size": jaxfl.Poisson(3, overflow=0.0)}),
         (ValueError, "weight", {"weight": np.ones(3)}),
         (ValueError, "checkpoint_every", {"every": 2, "checkpoint_every": 3}),
         (ValueError, "checkpoint_every", {"checkpoint_every": 0}),
@@ -335,12 +298,15 @@ def test_scan_rounds_arguments(rounds, every):
 # --- checkpoints -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("every, first", [(1, 4), (2, 4), (2, 3)])
-def test_a_run_goes_on_to_the_bit(tmp_path, every, first):
+@pytest.mark.parametrize(
+    "every, first, size", [(1, 4, 3), (2, 4, 3), (2, 3, 3), (2, 4, POISSON)]
+)
+def test_a_run_goes_on_to_the_bit(tmp_path, every, first, size):
     """Also where it first ended in the middle of a segment, but for the history."""
-    run(first, every=every, checkpoint=tmp_path, checkpoint_every=every)
-    got = run(8, every=every, checkpoint=tmp_path, checkpoint_every=2 * every)
-    want = run(8, every=every)
+    this_run = functools.partial(run, every=every, cohort_size=size)
+    this_run(first, checkpoint=tmp_path, checkpoint_every=every)
+    got = this_run(8, checkpoint=tmp_path, checkpoint_every=2 * every)
+    want = this_run(8)
     assert_same(got[0], want[0])
     assert_same(got[1].clients, want[1].clients)
     assert len(got[1].round) == len(got[1]["b"])
@@ -348,7 +314,7 @@ def test_a_run_goes_on_to_the_bit(tmp_path, every, first):
         assert r % every or b == want[1]["b"][r // every - 1]
     if first % every == 0:
         assert_same_run(got, want)
-    assert_same_run(run(8, every=every, checkpoint=tmp_path), got)  # nothing to do
+    assert_same_run(this_run(8, checkpoint=tmp_path), got)  # nothing to do
 
 
 class Killed(Exception):
@@ -403,10 +369,11 @@ def test_what_a_killed_process_left_is_not_used(tmp_path):
     [
         ("key", {"seed": 1}),
         ("cohort_size", {"cohort_size": 2}),
+        ("cohort_size", {"cohort_size": POISSON}),
         ("weight", {"weight": np.arange(toy.N)}),
         ("every", {"every": 2}),
     ],
-    ids=["key", "cohort_size", "weight", "every"],
+    ids=["key", "cohort_size", "Poisson", "weight", "every"],
 )
 def test_another_run_is_not_gone_on_with(tmp_path, word, options):
     run(2, checkpoint=tmp_path)

@@ -73,6 +73,8 @@ def run(data, rounds=7, federation=FEDERATION, **options):
         ("one by one", True, 3),
         ("mesh", False, None),
         ("mesh", True, 3),
+        ("whole", False, jaxfl.Poisson(3)),
+        ("mesh", True, jaxfl.Poisson(2, overflow=0.2)),
     ],
 )
 def test_a_streamed_run_is_the_resident_run(tmp_path, plan, states, cohort_size):
@@ -114,7 +116,8 @@ def test_weights_and_until():
     assert got[0].round == 4
 
 
-def test_large_populations_and_types_that_a_device_has_not():
+@pytest.mark.parametrize("size", [5, jaxfl.Poisson(1.5)])
+def test_large_populations_and_types_that_a_device_has_not(size):
     """Of 20,000 clients few are drawn in another way; float64 is made float32."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(500, 3))
@@ -123,8 +126,8 @@ def test_large_populations_and_types_that_a_device_has_not():
     two = np.full(20_000, 2, np.int32)
     examples = {"x": x, "y": rng.integers(0, 9, 500)}
     data = jaxfl.ClientData(examples, index, start, two, 2, 2)
-    got = run(jaxfl.on_host(data, states=True), cohort_size=5)
-    assert_same_run(got, run(data, cohort_size=5))
+    got = run(jaxfl.on_host(data, states=True), cohort_size=size)
+    assert_same_run(got, run(data, cohort_size=size))
 
 
 @pytest.mark.parametrize("longest", [3, 40])
