@@ -192,7 +192,7 @@ def federate(
     Raises:
       TypeError: if a part is not of its type.
       ValueError: if chunk_size is not positive, mesh has no axis "clients", or the
-        channel has a `mean` and the aggregator is not linear.
+        channel has a `mean` and the aggregator makes no sum.
 
     >>> import optax
     >>> from jaxfl import fedavg, from_arrays, mean
@@ -215,10 +215,10 @@ def federate(
     ):
         if not isinstance(part, kind):
             raise TypeError(f"{name} must be a jaxfl.{kind.__name__}, got {part!r}.")
-    if channel.of_sums and not aggregator.linear:
+    if channel.of_sums and not (aggregator.linear or aggregator.sums):
         raise ValueError(
-            "channel: mean() divides a sum, and the aggregator is not linear; "
-            "leave mean() out."
+            "channel: mean() divides a sum, and the aggregator is not linear, nor "
+            "does it make one; leave mean() out."
         )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
@@ -293,6 +293,7 @@ def federate(
         done = alive & finite
         sent = done & (message.weight > 0)
         payload = tree.mask(sent, message.payload)
+        length = jnp.where(sent, aggregator.bits(payload, message.bits), message.bits)
         own = optax.tree.where(done, ClientState(own_algorithm, own_channel), own)
 
         to_sum = tree.mask(sent, report), payload if aggregator.linear else ()
@@ -301,7 +302,7 @@ def federate(
             own,
             sent,
             alive & ~finite,
-            jnp.where(alive, message.bits + message.header, 0.0),
+            jnp.where(alive, length + message.header, 0.0),
             _blank_unless(alive, metrics),
             _blank_unless(alive, report),
         )

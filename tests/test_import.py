@@ -6,6 +6,7 @@ import sys
 import pytest
 
 HEAVY = ("matplotlib", "tensorflow", "tensorflow_datasets", "orbax.checkpoint")
+HEAVY += ("jaxfl.homomorphic", "tenseal", "phe")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ A new part is one line in PARTS, and inherits every law below.
 """
 
 import functools
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from encoders import ENCODERS, layer_key
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxfl
-from jaxfl import Aggregator, chain, communicate, compress, core, mean
+from jaxfl import Aggregator, chain, communicate, compress, core, homomorphic, mean
 
 
 def counted_median():
@@ -74,6 +75,12 @@ def around(channel):
 
 
 RING = jaxfl.topology.ring(toy.N)
+
+
+@functools.cache
+def paillier_keys():
+    """Whose sums are exact, and so the same whatever is drawn to encrypt."""
+    return homomorphic.paillier(limit=100.0, bits=48, key_bits=256)
 
 
 def nodes(h=1.0):
@@ -178,6 +185,12 @@ PARTS = {
     ),
     "mix": lambda h: (nodes(h), jaxfl.identity(), jaxfl.mix(RING)),
 }
+if find_spec("phe"):
+    PARTS["homomorphic.total"] = lambda h: (
+        descent(0.1 * h),
+        chain(jaxfl.clip(h), mean()),
+        homomorphic.total(paillier_keys()),
+    )
 
 PLANS = {
     "one after another": (1, None),
@@ -333,9 +346,7 @@ def client_state(name):
     return jax.tree.leaves(state.clients)
 
 
-@pytest.mark.parametrize(
-    "name", [p for p in PARTS if client_state(p)], scope="module"
-)
+@pytest.mark.parametrize("name", [p for p in PARTS if client_state(p)], scope="module")
 def test_spread_states_do_not_matter(name):
     """Clients' states are spread over devices that divide N, as none do above."""
     data = toy.data((*toy.SIZES, 1))
@@ -500,9 +511,9 @@ def test_bits_are_the_length_of_the_encoding(name):
     """The payload's own; 4 bytes if a weight goes with it; one bit for each gate."""
     algorithm, channel, aggregator = PARTS[name](1.0)
     channel = chain(channel, jaxfl.tap("wire"))
-    aggregator = aggregator._replace(
-        traffic=core.star
-    )  # who sends what is tested there
+    aggregator = aggregator._replace(  # who sends what, in which form, is tested there
+        traffic=core.star, bits=core.as_sent
+    )
     _, info = run(jaxfl.federate(algorithm, channel, aggregator), rounds=1)
     reports = info.reports if isinstance(info.reports, tuple) else (info.reports,)
     for i in range(toy.N):
