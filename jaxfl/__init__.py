@@ -17,6 +17,7 @@ from jaxfl import (
     models,
     plan,
     plot,
+    secure,
     topology,
     tree,
 )
@@ -84,6 +85,7 @@ __all__ = [
     "at_client",
     "at_server",
     "compress",
+    "secure",
     # aggregators
     "Aggregator",
     "total",

@@ -37,6 +37,7 @@ class Context(NamedTuple):
       alive: bool `[K]`, who of the roster takes part to the end.
       population: int32 `[]`, N.
       broadcast: what came down to every client of the cohort at the round's start.
+      sent: bool `[K]`, whose message arrived; known to a channel's decode, else None.
     """
 
     key: jax.Array
@@ -47,6 +48,7 @@ class Context(NamedTuple):
     alive: jax.Array
     population: jax.Array
     broadcast: PyTree = ()
+    sent: jax.Array | None = None
 
 
 class Message(NamedTuple):

@@ -352,7 +352,7 @@ def federate(
             sent,
             server.aggregator,
         )
-        decode_ctx = ctx._replace(key=decode_key)
+        decode_ctx = ctx._replace(key=decode_key, sent=sent)
 
         def decode(payload):
             return channel.decode(decode_ctx, payload, server.channel, reports)
