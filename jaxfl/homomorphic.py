@@ -406,10 +406,10 @@ def total(
         stack, rows = np.asarray(stack), np.flatnonzero(sent)
         if not len(rows):
             return np.zeros(stack.shape[1:], np.float32)
-        summed = None
-        for row in rows:
-            one = encrypt(public, stack[row], pool=pool, progress=progress)
-            summed = one if summed is None else add(public, summed, one)
+        encrypted = (
+            encrypt(public, stack[row], pool=pool, progress=progress) for row in rows
+        )
+        summed = functools.reduce(functools.partial(add, public), encrypted)
         read = decrypt(keys, summed, pool=pool, progress=progress)
         return read.astype(np.float32)
 
