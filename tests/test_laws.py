@@ -15,7 +15,7 @@ from encoders import ENCODERS, layer_key
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxfl
-from jaxfl import Aggregator, chain, communicate, compress, core, mean
+from jaxfl import Aggregator, chain, communicate, compress, core, mean, secure
 
 
 def counted_median():
@@ -74,6 +74,12 @@ def around(channel):
 
 
 RING = jaxfl.topology.ring(toy.N)
+
+
+def masked(h, graph=secure.complete):
+    return chain(
+        mean(5.0 * h), secure.fixed_point(8.0, 2**20), secure.secure_sum(graph)
+    )
 
 
 def nodes(h=1.0):
@@ -144,6 +150,11 @@ PARTS = {
         jaxfl.on(lambda path: path == "w", compress.leafwise(compress.qsgd(7)))
     ),
     "entropy": lambda h: around(chain(compress.qsgd(4), compress.entropy())),
+    # secure aggregation
+    "fixed_point": lambda h: around(
+        chain(mean(5.0 * h), secure.fixed_point(8.0, 2**19, bits=27, stochastic=True))
+    ),
+    "secure_sum": lambda h: around(masked(h)),
     # when to send
     "norm_threshold": lambda h: around(
         chain(communicate.norm_threshold(0.5 * h, keep=True), mean())
@@ -333,9 +344,7 @@ def client_state(name):
     return jax.tree.leaves(state.clients)
 
 
-@pytest.mark.parametrize(
-    "name", [p for p in PARTS if client_state(p)], scope="module"
-)
+@pytest.mark.parametrize("name", [p for p in PARTS if client_state(p)], scope="module")
 def test_spread_states_do_not_matter(name):
     """Clients' states are spread over devices that divide N, as none do above."""
     data = toy.data((*toy.SIZES, 1))

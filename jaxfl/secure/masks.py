@@ -138,9 +138,7 @@ def secure_sum(graph: Callable[[int], Graph] = complete) -> Channel:
         x = jax.lax.fori_loop(0, n, without, x)
         holders = jax.lax.fori_loop(0, len(steps), count, sent.astype(jnp.int32))
         x = x & np.uint32(2**payload.bits - 1)
-        x = jnp.where(
-            jnp.all(holders >= chosen.threshold), x, no_sum(payload.bits)
-        )
+        x = jnp.where(jnp.all(holders >= chosen.threshold), x, no_sum(payload.bits))
         return unravel(x), server_state
 
     return Channel(init, encode, decode, of_sums=True)
