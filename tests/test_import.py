@@ -5,8 +5,16 @@ import sys
 
 import pytest
 
-HEAVY = ("matplotlib", "tensorflow", "tensorflow_datasets", "orbax.checkpoint")
-HEAVY += ("jaxfl.homomorphic", "tenseal", "phe")
+HEAVY = (
+    "matplotlib",
+    "tensorflow",
+    "tensorflow_datasets",
+    "orbax.checkpoint",
+    "cryptography",
+    "jaxfl.homomorphic",
+    "tenseal",
+    "phe",
+)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,16 @@ from encoders import ENCODERS, layer_key
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxfl
-from jaxfl import Aggregator, chain, communicate, compress, core, homomorphic, mean
+from jaxfl import (
+    Aggregator,
+    chain,
+    communicate,
+    compress,
+    core,
+    homomorphic,
+    mean,
+    secure,
+)
 
 
 def counted_median():
@@ -81,6 +90,12 @@ RING = jaxfl.topology.ring(toy.N)
 def paillier_keys():
     """Whose sums are exact, and so the same whatever is drawn to encrypt."""
     return homomorphic.paillier(limit=100.0, bits=48, key_bits=256)
+
+
+def masked(h, graph=secure.complete):
+    return chain(
+        mean(5.0 * h), secure.fixed_point(8.0, 2**20), secure.secure_sum(graph)
+    )
 
 
 def nodes(h=1.0):
@@ -151,6 +166,11 @@ PARTS = {
         jaxfl.on(lambda path: path == "w", compress.leafwise(compress.qsgd(7)))
     ),
     "entropy": lambda h: around(chain(compress.qsgd(4), compress.entropy())),
+    # secure aggregation
+    "fixed_point": lambda h: around(
+        chain(mean(5.0 * h), secure.fixed_point(8.0, 2**19, bits=27, stochastic=True))
+    ),
+    "secure_sum": lambda h: around(masked(h)),
     # when to send
     "norm_threshold": lambda h: around(
         chain(communicate.norm_threshold(0.5 * h, keep=True), mean())
