@@ -114,7 +114,7 @@ def mean(denominator: float | None = None) -> Channel:
     Raises:
       TypeError: when a payload has integers, which a weight would truncate.
       ValueError: if denominator is not positive; by `federate`, with an aggregator
-        that is not linear, such as a median: it would be of weighted shares.
+        that makes no sum, such as a median: it would be of weighted shares.
 
     >>> from jaxfl.core import Message
     >>> update = Message(jnp.array([2.0, 4.0]), jnp.float32(3.0), jnp.float32(64.0))
