@@ -25,6 +25,7 @@ from jaxfl.secure import (
     sparse,
     traffic,
 )
+from jaxfl.secure.graph import offsets
 
 GRAPHS = {"complete": complete, "sparse": lambda n: Graph(4, 2)}
 
@@ -32,15 +33,15 @@ GRAPHS = {"complete": complete, "sparse": lambda n: Graph(4, 2)}
 def context(roster, sent=None, impl="threefry2x32", seed=3):
     roster = jnp.asarray(roster, jnp.int32)
     keys = jax.random.split(jax.random.key(seed, impl=impl))
-    everyone = jnp.ones(len(roster), bool)
+    everyone, zero = jnp.ones(len(roster), bool), jnp.int32(0)
     return Context(
-        keys[0], keys[1], *[jnp.int32(0)] * 2, roster, everyone, 99, sent=sent
+        keys[0], keys[1], zero, zero, roster, everyone, jnp.int32(99), sent=sent
     )
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "bits"))
 def masked(x, roster, graph, bits, key):
-    """What each client sends, `[K, d]`, one after another."""
+    """What each client sends, `[K, d]`."""
     ctx = context(roster)._replace(shared_key=key)
 
     def one(client_x):
@@ -49,7 +50,7 @@ def masked(x, roster, graph, bits, key):
         encode = secure_sum(graph).encode
         return encode(ctx._replace(client=client), message, (), ())[0].payload.values
 
-    return jax.vmap(lambda *x: one(x))(ctx.roster, x)
+    return jax.vmap(one)((ctx.roster, x))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "bits"))
@@ -85,7 +86,7 @@ def test_the_sum_is_exact_whoever_drops_out(graph, bits, impl):
     roster = np.array([5, 0, 17, 2, 30, 8, 11, 4, 21, 9], np.int32)
     key = context(roster, impl=impl).shared_key
     x = numbers((10, 33), bits)
-    y = masked(x, roster, graph, bits, key)
+    y = np.asarray(masked(x, roster, graph, bits, key))
     assert (y < 2**bits).all() and not (y == x).all(1).any()
     for gone in ([], [4], [0, 4, 9]):
         sent = ~np.isin(np.arange(10), gone)
@@ -146,7 +147,7 @@ def test_a_threshold_holds_for_each_neighbourhood():
     y = masked(x, roster, graph, 32, key)
     sent = np.ones(n, bool)
     sent[ring[[3, 5]]] = False  # on both sides of 4, which still has only itself
-    got = unmasked(y, roster, sent, graph, 32, key)
+    got = np.asarray(unmasked(y, roster, sent, graph, 32, key))
     assert (got == 2**31).all()  # which is no sum
     sent[ring[5]] = True
     got = unmasked(y, roster, sent, graph, 32, key)
@@ -288,7 +289,8 @@ def test_what_is_not_finite_is_dropped():
     )
     data = toy.data()
     state = federation.init(toy.params(), data)
-    state, info = federation.round(jax.random.key(0), state, toy.cohort(data))
+    round_fn = jax.jit(federation.round)
+    state, info = round_fn(jax.random.key(0), state, toy.cohort(data))
     assert np.flatnonzero(info.rejected).tolist() == [2] and not info.sent[2]
     assert jaxfl.tree.is_finite(state.params)
 
@@ -312,7 +314,7 @@ def test_what_is_not_finite_is_dropped():
     ],
 )
 def test_graphs_are_those_of_the_authors(n, corrupt, dropout, k, t):
-    """The values in the tests of federated-compute, for an honest-but-curious server."""
+    """The values in the tests of federated-compute, for a curious server."""
     assert sparse(corrupt=corrupt, dropout=dropout)(n) == Graph(k, t)
 
 
@@ -325,7 +327,7 @@ def test_graphs_are_safe_and_no_larger_than_needed():
     assert n * remaining.cdf(t - 1) <= 2.0**-15
     stricter = sparse(corrupt=corrupt, dropout=dropout)(n)
     assert k < stricter.neighbours < n - 1
-    assert sparse(corrupt=0.4, dropout=0.4)(20) == Graph(19, 9)  # too few for less
+    assert sparse(corrupt=0.34, dropout=0.3)(3) == Graph(2, 2)  # too few for less
 
 
 @pytest.mark.parametrize(
@@ -348,8 +350,8 @@ def test_costs_are_those_of_the_paper(n, d, bits, expansion):
         (lambda: fixed_point(1.0, 4, bits=33), "bits must be"),
         (lambda: sparse(corrupt=-0.1, dropout=0), "corrupt must be"),
         (lambda: sparse(corrupt=0.5, dropout=0.5), "corrupt [+] dropout"),
-        (lambda: jaxfl.secure.graph.offsets(Graph(3, 2), 7), "cannot have 3"),
-        (lambda: jaxfl.secure.graph.offsets(Graph(4, 6), 7), "threshold must be"),
+        (lambda: offsets(Graph(3, 2), 7), "cannot have 3"),
+        (lambda: offsets(Graph(4, 6), 7), "threshold must be"),
         (
             lambda: jaxfl.federate(
                 jaxfl.fedavg(toy.loss, optax.sgd(0.1)), secure_sum(), jaxfl.median()

@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-import jax
-
 from jaxfl.secure.graph import Graph
 
 KEY = 256  # X25519
@@ -14,8 +12,8 @@ TAG = 128  # Poly1305
 class Traffic(NamedTuple):
     """Of one client, in bits: what it sends to the server, and what it is sent."""
 
-    up: int | jax.Array
-    down: int | jax.Array
+    up: int
+    down: int
 
 
 def traffic(graph: Graph, coordinates: int, bits: int, *, tag: int = TAG) -> Traffic:

@@ -97,13 +97,13 @@ def sparse(
             t = next(
                 t for t in range(k + 2) if at_least[t] * n <= 2.0 ** -(security + 1)
             )
-            t = max(t, 2)  # with one share a neighbour alone could unmask
+            t = max(t, 2)  # or one neighbour alone could unmask
             lost = _tails(n, n - remaining, k)  # k - t + 1 or more neighbours are gone
             if t <= k and lost[k - t + 1] * n <= 2.0**-correctness:
                 return Graph(k, t)
         if not colluding < remaining:
             raise ValueError(f"{n} clients: as many may collude as remain.")
-        return Graph(n - 1, colluding + 1)
+        return Graph(n - 1, max(colluding + 1, min(2, n)))
 
     return graph
 
