@@ -124,19 +124,19 @@ def _sensitivities(layers, bound: Bound) -> list[Bound]:
     return [*moved[-2::-1], moved[-1]]
 
 
-def mechanisms(channel: Channel, linear: bool = True) -> list:
+def mechanisms(channel: Channel, summed: bool = True) -> list:
     """The mechanisms of all layers that add noise, in the order of the chain.
 
     Args:
       channel: a chain, or one layer.
-      linear: whether the messages are summed, see `Aggregator`.
+      summed: whether the aggregator makes a sum of the messages.
 
     Raises:
       ValueError: if noise is added to what nothing bounds.
     """
     layers = (channel,) if channel.layers is None else channel.layers
     bounds = _bounds(layers, Bound())
-    moved = _sensitivities(layers, bounds[-1] if linear else Bound())
+    moved = _sensitivities(layers, bounds[-1] if summed else Bound())
     return [
         layer.mechanism(bound, sensitivity)
         for layer, bound, sensitivity in zip(layers, bounds, moved, strict=False)
@@ -173,7 +173,7 @@ def mean(denominator: float | None = None) -> Channel:
     Raises:
       TypeError: when a payload has integers, which a weight would truncate.
       ValueError: if denominator is not positive; by `federate`, with an aggregator
-        that is not linear, such as a median: it would be of weighted shares.
+        that makes no sum, such as a median: it would be of weighted shares.
 
     >>> from jaxfl.core import Message
     >>> update = Message(jnp.array([2.0, 4.0]), jnp.float32(3.0), jnp.float32(64.0))

@@ -64,6 +64,7 @@ class Context(NamedTuple):
       broadcast: what came down to every client of the cohort at the round's start.
       bound: to `Channel.encode`, of the message that comes in; to `Channel.decode`, of
         what one client has added to the aggregate; None where there is none.
+      sent: bool `[K]`, whose message arrived; known to a channel's decode, else None.
     """
 
     key: jax.Array
@@ -75,6 +76,7 @@ class Context(NamedTuple):
     population: jax.Array
     broadcast: PyTree = ()
     bound: Bound | None = None
+    sent: jax.Array | None = None
 
 
 class Message(NamedTuple):
@@ -210,7 +212,7 @@ class Channel(NamedTuple):
         at the server, with the summed report.
       layers: the channels this one is a chain of; None for a channel of its own.
       of_sums: True where decode makes sense of a sum of messages only, as that of
-        `mean` does; such a channel takes no aggregator that is not linear.
+        `mean` does; such a channel takes an aggregator only that makes a sum.
       sends: `payload -> payload`, zeros shaped as what encode makes of such a payload;
         as the payload itself by default.
       bound: `Bound -> Bound`, of what encode makes of a message within a bound. That
@@ -241,6 +243,12 @@ def star(ctx: Context, bits: jax.Array, delivered: jax.Array, reply: jax.Array):
     return bits, jnp.where(delivered, reply, 0.0)
 
 
+def as_sent(payload: Payload, bits: jax.Array) -> jax.Array:
+    """The default length of a message: that of the channel's encoding."""
+    del payload
+    return bits
+
+
 class Aggregator(NamedTuple):
     """How many messages become one.
 
@@ -260,6 +268,9 @@ class Aggregator(NamedTuple):
       traffic: `(ctx, bits, delivered, reply) -> (up, down)`, float32 `[K]` each: what
         each client has sent and got in bits, if its message is `bits` long, `[K]`,
         and what is given back to one client `reply`, `[]`.
+      sums: True where the result is the sum of the stack, though it is not `linear`.
+      bits: `(payload, bits) -> float32 []`, the length of one payload in the form that
+        is aggregated, if the channel's encoding of it is `bits` long; as encrypted.
     """
 
     init: Callable
@@ -268,6 +279,8 @@ class Aggregator(NamedTuple):
     coordinatewise: bool = False
     personal: bool = False
     traffic: Callable = star
+    sums: bool = False
+    bits: Callable = as_sent
 
 
 class ServerState(NamedTuple):

@@ -196,7 +196,7 @@ def federate(
     Raises:
       TypeError: if a part is not of its type.
       ValueError: if chunk_size is not positive, mesh has no axis "clients", or the
-        channel has a `mean` and the aggregator is not linear, or adds noise to what
+        channel has a `mean` and the aggregator makes no sum, or adds noise to what
         nothing bounds.
 
     >>> import optax
@@ -220,17 +220,15 @@ def federate(
     ):
         if not isinstance(part, kind):
             raise TypeError(f"{name} must be a jaxfl.{kind.__name__}, got {part!r}.")
-    if channel.of_sums and not aggregator.linear:
+    summed = aggregator.linear or aggregator.sums
+    if channel.of_sums and not summed:
         raise ValueError(
-            "channel: mean() divides a sum, and the aggregator is not linear; "
-            "leave mean() out."
+            "channel: mean() divides a sum, and the aggregator is not linear, nor "
+            "does it make one; leave mean() out."
         )
     # One client moves a sum by its own message; what it moves a median by, nobody says.
-    summed_bound = channel.bound(Bound()) if aggregator.linear else Bound()
-    private = any(
-        not isinstance(mechanism, Local)
-        for mechanism in mechanisms(channel, aggregator.linear)
-    )
+    summed_bound = channel.bound(Bound()) if summed else Bound()
+    private = any(not isinstance(x, Local) for x in mechanisms(channel, summed))
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
     if mesh is not None and AXIS not in mesh.axis_names:
@@ -304,6 +302,7 @@ def federate(
         done = alive & finite
         sent = done & (message.weight > 0)
         payload = tree.mask(sent, message.payload)
+        length = jnp.where(sent, aggregator.bits(payload, message.bits), message.bits)
         own = optax.tree.where(done, ClientState(own_algorithm, own_channel), own)
 
         to_sum = tree.mask(sent, report), payload if aggregator.linear else ()
@@ -312,7 +311,7 @@ def federate(
             own,
             sent,
             alive & ~finite,
-            jnp.where(alive, message.bits + message.header, 0.0),
+            jnp.where(alive, length + message.header, 0.0),
             _blank_unless(alive, metrics),
             _blank_unless(alive, report),
         )
@@ -362,7 +361,7 @@ def federate(
             sent,
             server.aggregator,
         )
-        decode_ctx = ctx._replace(key=decode_key, bound=summed_bound)
+        decode_ctx = ctx._replace(key=decode_key, bound=summed_bound, sent=sent)
 
         def decode(payload):
             return channel.decode(decode_ctx, payload, server.channel, reports)

@@ -4,6 +4,7 @@ Tests compile thousands of small programs and run each once, so the compiler is 
 not to try hard, and to remember.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -27,3 +28,11 @@ def programs_go_with_their_module():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+def pytest_collection_modifyitems(items):
+    """Doctests cannot skip themselves where an extra is not installed."""
+    if not (find_spec("tenseal") and find_spec("phe")):
+        for item in items:
+            if item.name.startswith("jaxfl.homomorphic"):
+                item.add_marker(pytest.mark.skip(reason="needs the extra `he`"))

@@ -76,6 +76,7 @@ def test_every_experiment_is_tested_here():
         *("mnist_skews", "node_curves", "mcmahan2017", "speed"),
         *("many_clients", "processes"),
         *("kamp2018", "threshold_front", "compression2017", "error_feedback"),
+        "secure_cost",
     }
 
 
@@ -261,6 +262,30 @@ def test_threshold_front(tmp_path):
         )
     assert best == sorted(best, key=lambda p: p["megabytes"])
     assert "always float32" in printed
+
+
+def test_secure_cost(tmp_path):
+    for library in ("tenseal", "phe", "cryptography"):
+        pytest.importorskip(library, reason="needs the extras `he` and `crypto`")
+    summary, rows, printed = results(
+        tmp_path, "secure_cost", "--paillier-numbers", "1000"
+    )
+    runs = {(r["method"], r["clients"], r["parameters"]): r for r in summary["runs"]}
+    assert len(runs) == len(rows) == 5 * 3 - 1
+    assert ("Paillier", 2, 1000) not in runs  # 2,000 numbers
+    for (method, k, d), row in runs.items():
+        assert row["error"] < 1e-6 and row["seconds"] > 0
+        floats, slots = 4 * d, 511 // (32 + 2)
+        assert {
+            "plain": row["bytes_up"] == floats,
+            "masked, in jit": floats < row["bytes_up"] < floats + 500,
+            "protocol": floats < row["bytes_up"] < floats + 500,
+            "CKKS": row["bytes_up"] == 65_676,
+            "Paillier": row["bytes_up"] == 2 * 512 / 8 * -(-d // slots),
+        }[method]
+        if method == "protocol":  # is what the masks in the round stand for
+            assert row["bytes_up"] == runs["masked, in jit", k, d]["bytes_up"]
+    assert "masked, in jit" in printed
 
 
 def test_processes(tmp_path):

@@ -13,6 +13,10 @@ HEAVY = (
     "dp_accounting",
     "jax_privacy",
     "jaxfl.accounting",
+    "cryptography",
+    "jaxfl.homomorphic",
+    "tenseal",
+    "phe",
 )
 
 

@@ -4,6 +4,7 @@ A new part is one line in PARTS, and inherits every law below.
 """
 
 import functools
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,17 @@ from encoders import ENCODERS, layer_key
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxfl
-from jaxfl import Aggregator, chain, communicate, compress, core, mean, privacy
+from jaxfl import (
+    Aggregator,
+    chain,
+    communicate,
+    compress,
+    core,
+    homomorphic,
+    mean,
+    privacy,
+    secure,
+)
 from jaxfl.channel import mechanisms
 
 
@@ -75,6 +86,17 @@ def around(channel):
 
 
 RING = jaxfl.topology.ring(toy.N)
+
+
+@functools.cache
+def paillier_keys():
+    """Whose sums are exact, and so the same whatever is drawn to encrypt."""
+    return homomorphic.paillier(limit=100.0, bits=48, key_bits=256)
+
+
+def masked(h):
+    masks = secure.secure_sum(lambda n: secure.Graph(4, 2))
+    return chain(mean(5.0 * h), secure.fixed_point(8.0, 2**20), masks)
 
 
 def nodes(h=1.0):
@@ -170,6 +192,11 @@ PARTS = {
         jaxfl.on(lambda path: path == "w", compress.leafwise(compress.qsgd(7)))
     ),
     "entropy": lambda h: around(chain(compress.qsgd(4), compress.entropy())),
+    # secure aggregation
+    "fixed_point": lambda h: around(
+        chain(mean(5.0 * h), secure.fixed_point(8.0, 2**19, bits=27, stochastic=True))
+    ),
+    "secure_sum": lambda h: around(masked(h)),
     # when to send
     "norm_threshold": lambda h: around(
         chain(communicate.norm_threshold(0.5 * h, keep=True), mean())
@@ -204,6 +231,12 @@ PARTS = {
     ),
     "mix": lambda h: (nodes(h), jaxfl.identity(), jaxfl.mix(RING)),
 }
+if find_spec("phe"):
+    PARTS["homomorphic.total"] = lambda h: (
+        descent(0.1 * h),
+        chain(jaxfl.clip(h), mean()),
+        homomorphic.total(paillier_keys()),
+    )
 
 PLANS = {
     "one after another": (1, None),
@@ -521,9 +554,9 @@ def test_bits_are_the_length_of_the_encoding(name):
     """The payload's own; 4 bytes if a weight goes with it; one bit for each gate."""
     algorithm, channel, aggregator = PARTS[name](1.0)
     channel = chain(channel, jaxfl.tap("wire"))
-    aggregator = aggregator._replace(
-        traffic=core.star
-    )  # who sends what is tested there
+    aggregator = aggregator._replace(  # who sends what, in which form, is tested there
+        traffic=core.star, bits=core.as_sent
+    )
     _, info = run(jaxfl.federate(algorithm, channel, aggregator), rounds=1)
     reports = info.reports if isinstance(info.reports, tuple) else (info.reports,)
     for i in range(toy.N):
@@ -603,7 +636,7 @@ def test_no_message_exceeds_its_bound(name, comes):
 def adds_noise(name):
     """At the server, where that nobody sends is private."""
     _, channel, aggregator = PARTS[name](1.0)
-    found = mechanisms(channel, aggregator.linear)
+    found = mechanisms(channel, aggregator.linear or aggregator.sums)
     return any(not isinstance(mechanism, privacy.Local) for mechanism in found)
 
 

@@ -51,7 +51,7 @@ def sign_majority() -> Channel:
 
     Raises:
       TypeError: when a payload has integers.
-      ValueError: by `federate`, with an aggregator that is not linear, which would hold
+      ValueError: by `federate`, with an aggregator that makes no sum, which would hold
         a vote of its own.
 
     >>> from jaxfl.core import Message

@@ -82,7 +82,7 @@ def fetchsgd(
     Raises:
       TypeError: when a payload has integers.
       ValueError: if rows or columns is not positive, fraction not in (0, 1], or
-        momentum not in [0, 1); by `federate`, with an aggregator that is not linear.
+        momentum not in [0, 1); by `federate`, with an aggregator that makes no sum.
 
     >>> from jaxfl.core import Message
     >>> x = jnp.zeros(1000).at[jnp.array([3, 70])].set(jnp.array([5.0, -2.0]))
