@@ -1,10 +1,10 @@
-"""What differential privacy costs: accuracy against epsilon, fixed and adaptive clipping.
+"""What differential privacy costs: accuracy against epsilon, by kind of clipping.
 
-McMahan et al. 2018, arXiv:1710.06963, and Andrew et al. 2021, arXiv:1905.03871: federated
-averaging on MNIST whose clients are drawn at random each round (Poisson), whose updates
-are clipped, to norms chosen beforehand or to one that follows their median, and whose
-sum gets normal noise. All noise multipliers, clip norms and seeds run as one program.
-Epsilon is the accountant's for the very channel that added the noise.
+McMahan et al. 2018, arXiv:1710.06963, and Andrew et al. 2021, arXiv:1905.03871:
+federated averaging on MNIST whose clients are drawn at random each round (Poisson),
+whose updates are clipped, to norms chosen beforehand or to one that follows their
+median, and whose sum gets normal noise. All noise multipliers, clip norms and seeds run
+as one program. Epsilon is the accountant's for the very channel that added the noise.
 """
 
 import dataclasses

@@ -103,7 +103,7 @@ def scale_for(clients: int) -> float:
 def by_protocol(updates: np.ndarray) -> tuple[Any, float, float]:
     """By the parties of the protocol, each with keys of its own."""
     n = len(updates)
-    steps = np.rint(updates * scale_for(n)).astype(np.int32).view(np.uint32)
+    steps = np.trunc(updates * scale_for(n)).astype(np.int32).view(np.uint32)
     inputs = dict(enumerate(steps))
     run, seconds = fastest(lambda: protocol.aggregate(inputs, secure.complete(n)))
     total = run.total.astype(np.int32) / scale_for(n)

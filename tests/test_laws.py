@@ -597,7 +597,11 @@ def test_bits_down_are_the_broadcast(name):
 
 
 def bounded(name):
+    """Whether a float is sent that has a bound; whole numbers may be masked."""
     channel = PARTS[name](1.0)[1]
+    sent = jax.tree.leaves(channel.sends(toy.params()))
+    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in sent):
+        return False
     return any(np.isfinite(b) for b in channel.bound(core.Bound(2.0, 3.0)))
 
 

@@ -13,7 +13,8 @@ import toy
 from scipy.stats import chisquare, hypergeom
 
 import jaxfl
-from jaxfl import chain, mean
+from jaxfl import chain, mean, privacy
+from jaxfl.channel import mechanisms
 from jaxfl.core import Channel, Context, Message
 from jaxfl.secure import (
     Graph,
@@ -227,7 +228,7 @@ def test_rounding_is_that_of_float64(bits):
     message, report, decode = rounded(
         jnp.asarray(x), fixed_point(1.5, scale, bits=bits)
     )
-    level = np.rint(np.clip(x.astype(np.float64), -1.5, 1.5) * scale)
+    level = np.trunc(np.clip(x.astype(np.float64), -1.5, 1.5) * scale)
     np.testing.assert_array_equal(message.payload.values, level % 2**bits)
     assert report["clamped"] == (abs(x) > 1.5).sum() > 50
     assert message.bits == bits * 999
@@ -370,3 +371,20 @@ def test_payloads_are_of_the_right_kind():
         secure_sum().init(jnp.zeros(3))
     with pytest.raises(TypeError, match="payload must be of floats"):
         fixed_point(1.0, 4).init(jnp.zeros(3, int))
+
+
+@pytest.mark.parametrize("scale", [8.0, 1000.0])
+def test_no_message_gets_longer(scale):
+    """So that noise outside the masks may go by a clip's bound."""
+    rng = np.random.default_rng(0)
+    channel = fixed_point(2.0, scale, bits=16)
+    for _ in range(20):
+        x = rng.normal(size=50).astype(np.float32)
+        message, _, _ = rounded(jnp.asarray(x), channel)
+        level = np.asarray(message.payload.values).astype(np.int16).astype(np.float64)
+        assert np.linalg.norm(level) <= scale * np.linalg.norm(x) * (1 + 1e-6)
+    outside = chain(jaxfl.clip(0.5), mean(denominator=8.0), privacy.gaussian(1.0))
+    chained = chain(outside, channel, secure_sum())
+    assert mechanisms(chained) == [privacy.Gaussian(1.0)]
+    with pytest.raises(ValueError, match="nothing bounds"):
+        mechanisms(chain(outside, fixed_point(2.0, scale, bits=16, stochastic=True)))

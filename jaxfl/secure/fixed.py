@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxfl import tree
 from jaxfl.compress.vector import Layout, dither, if_sent
-from jaxfl.core import Channel, PyTree
+from jaxfl.core import Bound, Channel, PyTree, unbounded
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +32,7 @@ def fixed_point(
 ) -> Channel:
     """Rounds a payload to whole numbers modulo 2^bits, of which sums are exact.
 
-    `q = round(scale clamp(x, -limit, limit)) mod 2^bits` at the client; at the server
+    `q = trunc(scale clamp(x, -limit, limit)) mod 2^bits` at the client; at the server
     the sum of all q, as a number from `-2^(bits - 1)` on, over scale. No sum can wrap
     round: a cohort of K for which
 
@@ -55,7 +55,8 @@ def fixed_point(
       scale: steps in one unit.
       bits: from 2 to 32.
       stochastic: whether to round up with the fraction's probability, which is unbiased
-        (to 2^-17), or to the nearest.
+        (to 2^-17), or always toward 0, which lengthens no message: a clip left of here
+        then bounds what one client contributes, as a channel with noise asks for.
 
     Raises:
       TypeError: when a payload has integers.
@@ -121,7 +122,7 @@ def fixed_point(
                 low = jnp.floor(x)
                 level = low + (up < x - low)
             else:
-                level = jnp.round(x)
+                level = jnp.trunc(x)
             level = jnp.clip(level, -top, top).astype(jnp.int32)
             levels.append(level.astype(jnp.uint32) & modulus)
         message = message._replace(
@@ -141,7 +142,16 @@ def fixed_point(
         decoded = [leaf(x, y) for x, y in zip(leaves, layout.leaves, strict=True)]
         return layout.structure.unflatten(decoded), layout
 
-    return Channel(init, encode, decode, of_sums=True, sends=sends)
+    def times(factor):
+        return lambda bound: Bound(factor * bound.l2, factor * bound.l1)
+
+    return Channel(
+        *(init, encode, decode),
+        of_sums=True,
+        sends=sends,
+        bound=unbounded if stochastic else times(scale),
+        sensitivity=times(1 / scale),
+    )
 
 
 def no_sum(bits: int) -> np.uint32:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jaxfl.compress.vector import if_sent
-from jaxfl.core import Channel, Context
+from jaxfl.core import Channel, Context, unchanged
 from jaxfl.secure.cost import traffic
 from jaxfl.secure.fixed import Residues, no_sum
 from jaxfl.secure.graph import Graph, complete, offsets
@@ -141,7 +141,9 @@ def secure_sum(graph: Callable[[int], Graph] = complete) -> Channel:
         x = jnp.where(jnp.all(holders >= chosen.threshold), x, no_sum(payload.bits))
         return unravel(x), server_state
 
-    return Channel(init, encode, decode, of_sums=True)
+    return Channel(
+        *(init, encode, decode), of_sums=True, bound=unchanged, sensitivity=unchanged
+    )
 
 
 def _keys(ctx: Context) -> jax.Array:
