@@ -18,6 +18,7 @@ from jaxfl import (
     plan,
     plot,
     privacy,
+    secure,
     topology,
     tree,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "at_client",
     "at_server",
     "compress",
+    "secure",
     # aggregators
     "Aggregator",
     "total",

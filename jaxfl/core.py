@@ -58,6 +58,7 @@ class Context(NamedTuple):
       broadcast: what came down to every client of the cohort at the round's start.
       bound: to `Channel.encode`, of the message that comes in; to `Channel.decode`, of
         what one client has added to the aggregate; None where there is none.
+      sent: bool `[K]`, whose message arrived; known to a channel's decode, else None.
     """
 
     key: jax.Array
@@ -69,6 +70,7 @@ class Context(NamedTuple):
     population: jax.Array
     broadcast: PyTree = ()
     bound: Bound | None = None
+    sent: jax.Array | None = None
 
 
 class Message(NamedTuple):

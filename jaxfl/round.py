@@ -362,7 +362,7 @@ def federate(
             sent,
             server.aggregator,
         )
-        decode_ctx = ctx._replace(key=decode_key, bound=summed_bound)
+        decode_ctx = ctx._replace(key=decode_key, bound=summed_bound, sent=sent)
 
         def decode(payload):
             return channel.decode(decode_ctx, payload, server.channel, reports)

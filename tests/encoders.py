@@ -268,6 +268,21 @@ def eden(width: int) -> Reference:
     return Reference(encode, decode)
 
 
+def residues(width: int, neighbours: int | None = None) -> Reference:
+    """Whole numbers below 2^width; behind what secure aggregation sends before them.
+
+    That is two keys of 32 bytes, to each neighbour two shares of 32 with a tag of 16,
+    and in the end a share of the secret of each and of the own one.
+    """
+    k = neighbours
+    before = 0 if k is None else 8 * (2 * 32 + k * (2 * 32 + 16) + (k + 1) * 32)
+
+    def encode(x, key):
+        return np.concatenate([np.zeros(before, np.uint8), to_bits(x, width)])
+
+    return Reference(encode, lambda bits, d: from_bits(bits[before:], width, d))
+
+
 def significant() -> Reference:
     """A flag; the places of what is not 0, by a bitmap or as a list; those numbers."""
 
@@ -379,6 +394,8 @@ ENCODERS: dict[str, Whole] = {
     "leafwise": leafwise(qsgd(7)),
     "on, arrays": leafwise({"b": numbers(), "w": qsgd(7)}),
     "entropy": whole(qsgd(4)),
+    "fixed_point": whole(residues(27)),
+    "secure_sum": whole(residues(32, 4)),
     "gaia": whole(significant()),
 }
 

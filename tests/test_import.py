@@ -5,7 +5,13 @@ import sys
 
 import pytest
 
-HEAVY = ("matplotlib", "tensorflow", "tensorflow_datasets", "orbax.checkpoint")
+HEAVY = (
+    "matplotlib",
+    "tensorflow",
+    "tensorflow_datasets",
+    "orbax.checkpoint",
+    "cryptography",
+)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,16 @@ from encoders import ENCODERS, layer_key
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxfl
-from jaxfl import Aggregator, chain, communicate, compress, core, mean, privacy
+from jaxfl import (
+    Aggregator,
+    chain,
+    communicate,
+    compress,
+    core,
+    mean,
+    privacy,
+    secure,
+)
 from jaxfl.channel import mechanisms
 
 
@@ -75,6 +84,12 @@ def around(channel):
 
 
 RING = jaxfl.topology.ring(toy.N)
+
+
+def masked(h, graph=secure.complete):
+    return chain(
+        mean(5.0 * h), secure.fixed_point(8.0, 2**20), secure.secure_sum(graph)
+    )
 
 
 def nodes(h=1.0):
@@ -170,6 +185,11 @@ PARTS = {
         jaxfl.on(lambda path: path == "w", compress.leafwise(compress.qsgd(7)))
     ),
     "entropy": lambda h: around(chain(compress.qsgd(4), compress.entropy())),
+    # secure aggregation
+    "fixed_point": lambda h: around(
+        chain(mean(5.0 * h), secure.fixed_point(8.0, 2**19, bits=27, stochastic=True))
+    ),
+    "secure_sum": lambda h: around(masked(h)),
     # when to send
     "norm_threshold": lambda h: around(
         chain(communicate.norm_threshold(0.5 * h, keep=True), mean())
