@@ -83,6 +83,24 @@ def around(channel):
     return descent(), channel, jaxfl.total()
 
 
+def distributed(h, noise):
+    return chain(
+        *(jaxfl.clip(h), compress.rotation(), mean(denominator=5.0)),
+        noise(0.3, clients=5, dimension=4, bits=20),
+    )
+
+
+def private(h, microbatch_size=2, **work):
+    loss = privacy.dp_sgd(
+        toy.loss,
+        clip_norm=h,
+        noise_multiplier=0.3,
+        denominator=2,
+        microbatch_size=microbatch_size,
+    )
+    return jaxfl.fedavg(loss, optax.sgd(0.1), **work or {"batch_size": 3})
+
+
 RING = jaxfl.topology.ring(toy.N)
 
 
@@ -152,6 +170,26 @@ PARTS = {
             mean(denominator=5.0),
             privacy.gaussian(0.3),
         )
+    ),
+    "randomised_response": lambda h: around(
+        chain(jaxfl.clip(1.0), privacy.randomised_response(6.0 * h))
+    ),
+    "randomised_response of some": lambda h: around(
+        chain(
+            jaxfl.clip(1.0),
+            privacy.randomised_response(6.0 * h, coordinates=3, levels=4),
+        )
+    ),
+    "skellam": lambda h: around(distributed(h, privacy.skellam)),
+    "discrete_gaussian": lambda h: around(distributed(h, privacy.discrete_gaussian)),
+    "skellam in secret": lambda h: around(
+        chain(distributed(h, privacy.skellam), secure.secure_sum())
+    ),
+    "dp_sgd": lambda h: (private(h), mean(), jaxfl.total()),
+    "dp_sgd, Poisson": lambda h: (
+        private(h, batch_size=2, steps=2, poisson=True),
+        mean(),
+        jaxfl.total(),
     ),
     # codecs
     "top_k": lambda h: around(compress.top_k(0.5 * h)),
@@ -624,7 +662,8 @@ def adds_noise(name):
     """At the server, where that nobody sends is private."""
     _, channel, aggregator = PARTS[name](1.0)
     found = mechanisms(channel, aggregator.linear)
-    return any(not isinstance(mechanism, privacy.Local) for mechanism in found)
+    at_clients = privacy.Local | privacy.Distributed
+    return any(not isinstance(mechanism, at_clients) for mechanism in found)
 
 
 @every_part
