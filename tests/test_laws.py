@@ -90,15 +90,11 @@ def distributed(h, noise):
     )
 
 
-def private(h, microbatch_size=2, **work):
+def private(h):
     loss = privacy.dp_sgd(
-        toy.loss,
-        clip_norm=h,
-        noise_multiplier=0.3,
-        denominator=2,
-        microbatch_size=microbatch_size,
+        toy.loss, clip_norm=h, noise_multiplier=0.3, denominator=2, microbatch_size=2
     )
-    return jaxfl.fedavg(loss, optax.sgd(0.1), **work or {"batch_size": 3})
+    return jaxfl.fedavg(loss, optax.sgd(0.1), batch_size=3, steps=2, poisson=True)
 
 
 RING = jaxfl.topology.ring(toy.N)
@@ -186,11 +182,6 @@ PARTS = {
         chain(distributed(h, privacy.skellam), secure.secure_sum())
     ),
     "dp_sgd": lambda h: (private(h), mean(), jaxfl.total()),
-    "dp_sgd, Poisson": lambda h: (
-        private(h, batch_size=2, steps=2, poisson=True),
-        mean(),
-        jaxfl.total(),
-    ),
     # codecs
     "top_k": lambda h: around(compress.top_k(0.5 * h)),
     "top_k of qsgd": lambda h: around(compress.top_k(0.5, compress.qsgd(7))),

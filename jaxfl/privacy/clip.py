@@ -28,6 +28,7 @@ def clip(norm: float, *, ord: int = 2) -> Channel:
       TypeError: when a payload has integers.
       ValueError: if norm is not positive, or ord neither 1 nor 2.
 
+    >>> from jaxfl.core import Message
     >>> far = Message(jnp.array([3.0, 4.0]), jnp.float32(1.0), jnp.float32(64.0))
     >>> message, _, report = clip(1.0).encode(None, far, (), ())
     >>> [round(x, 3) for x in message.payload.tolist()], report["clipped"].item()
@@ -69,6 +70,7 @@ def clip_layers(norm: float) -> Channel:
       TypeError: when a payload has integers.
       ValueError: if norm is not positive.
 
+    >>> from jaxfl.core import Message
     >>> payload = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([0.1])}
     >>> far = Message(payload, jnp.float32(1.0), jnp.float32(96.0))
     >>> message, _, report = clip_layers(math.sqrt(2.0)).encode(None, far, (), ())
@@ -140,6 +142,7 @@ def adaptive_clip(
 
     >>> channel = adaptive_clip(0.5, initial=2.0, clients=1, count_std=0.0)
     >>> server_state, _ = channel.init(jnp.zeros(2))
+    >>> from jaxfl.core import Message
     >>> far = Message(jnp.array([3.0, 4.0]), jnp.float32(1.0), jnp.float32(64.0))
     >>> message, _, report = channel.encode(None, far, server_state, ())
     >>> [round(x, 3) for x in message.payload.tolist()]

@@ -15,7 +15,7 @@ from jaxfl.privacy import integers, mechanism
 from jaxfl.privacy.noise import NORMAL
 from jaxfl.secure.fixed import Residues, no_sum
 
-LARGEST_STD = 2.0**16  # of one client's noise: a table of some megabytes
+LARGEST_STD = 2.0**14  # of one client's noise: Bessel functions are not had far beyond it
 TRIES = 64  # of which all fail with a probability of e^-32
 
 
@@ -65,7 +65,7 @@ def skellam(
       TypeError: when a payload has integers.
       ValueError: if noise_multiplier is negative, a number is not positive, bits is not
         from 2 to 24 or too few for so many clients; if one client's noise has a
-        deviation above 2^16 steps; when a payload has another size; by `federate`, if
+        deviation above 2^14 steps; when a payload has another size; by `federate`, if
         no channel to its left bounds the norm of a message.
 
     >>> from jaxfl import chain, clip, mean
@@ -152,7 +152,7 @@ def _distributed(
     if std > LARGEST_STD:
         raise ValueError(
             f"{name}: one client's noise would have a standard deviation of {std:.0f} "
-            f"steps, above 2^16; lower bits={bits}."
+            f"steps, above 2^14; lower bits={bits}."
         )
     noise = table(std**2)
     limit, _ = mechanism.rounded_norms(steps, dimension)
