@@ -339,10 +339,10 @@ def responses(epsilon, x, n, **how):
 @pytest.mark.parametrize("m, levels", [(None, 2), (None, 5), (1, 2), (3, 4)])
 def test_responses_are_unbiased(m, levels):
     x = np.array([0.6, -0.5, 0.0, 0.1])
-    y = responses(4.0, x, 20_000, coordinates=m, levels=levels)
-    error = (y.mean(0) - x) / (y.std(0) / 20_000**0.5)
+    y = responses(4.0, x, 10_000, coordinates=m, levels=levels)
+    error = (y.mean(0) - x) / (y.std(0) / 10_000**0.5)
     assert np.abs(error).max() < 4.5
-    biased = (y.mean(0) * 1.25 - x) / (y.std(0) / 20_000**0.5)
+    biased = (y.mean(0) * 1.25 - x) / (y.std(0) / 10_000**0.5)
     assert np.abs(biased).max() > 6
     assert ((y != 0).sum(1) <= (m or 4)).all()
     if levels == 2:
@@ -354,7 +354,7 @@ def test_responses_are_unbiased(m, levels):
 @pytest.mark.parametrize("levels", [2, 4])
 def test_no_response_is_likelier_than_epsilon_allows(levels):
     """From two opposite messages: at the ends e^epsilon, and nowhere more."""
-    epsilon, n = 1.5, 50_000
+    epsilon, n = 1.5, 20_000
     counts = []
     for x in (1.0, -1.0):
         y = responses(epsilon, np.array([x]), n, levels=levels)[:, 0]
@@ -362,16 +362,16 @@ def test_no_response_is_likelier_than_epsilon_allows(levels):
         assert len(levels_of[0]) == levels
         counts.append(levels_of[1])
     ratio = np.log(counts[0] / counts[1])
-    assert np.abs(ratio).max() == pytest.approx(epsilon, abs=0.08)
+    assert np.abs(ratio).max() == pytest.approx(epsilon, abs=0.1)
     assert ratio[-1] > 0 > ratio[0]
 
 
 def test_epsilon_is_shared_by_the_coordinates():
     """Each of two is given half, so that a pair is where the whole is spent."""
-    y = responses(2.0, np.array([0.7, 0.7]), 40_000)
+    y = responses(2.0, np.array([0.7, 0.7]), 20_000)
     kept = (y > 0).mean(0)
     p = math.e / (math.e + 1)
-    np.testing.assert_allclose(kept, 0.85 * p + 0.15 * (1 - p), atol=0.01)
+    np.testing.assert_allclose(kept, 0.85 * p + 0.15 * (1 - p), atol=0.015)
 
 
 def test_responses_are_refused_where_they_make_no_sense():
