@@ -339,14 +339,14 @@ def responses(epsilon, x, n, **how):
 @pytest.mark.parametrize("m, levels", [(None, 2), (None, 5), (1, 2), (3, 4)])
 def test_responses_are_unbiased(m, levels):
     x = np.array([0.6, -0.5, 0.0, 0.1])
-    y = responses(4.0, x, 10_000, coordinates=m, levels=levels)
+    y = responses(8.0, x, 10_000, coordinates=m, levels=levels)
     error = (y.mean(0) - x) / (y.std(0) / 10_000**0.5)
     assert np.abs(error).max() < 4.5
     biased = (y.mean(0) * 1.25 - x) / (y.std(0) / 10_000**0.5)
     assert np.abs(biased).max() > 6
     assert ((y != 0).sum(1) <= (m or 4)).all()
     if levels == 2:
-        a = 4.0 / (m or 4)
+        a = 8.0 / (m or 4)
         want = 4 / (m or 4) * ((math.exp(a) + 1) / (math.exp(a) - 1)) ** 2
         np.testing.assert_allclose((y**2).mean(0), want, 0.05)
 

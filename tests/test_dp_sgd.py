@@ -1,6 +1,8 @@
 """Local training that protects a client's single examples."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import dp_accounting
 import jax
@@ -134,7 +136,7 @@ def test_poisson_batches_take_each_example_by_itself():
     one = data[1]
     start = int(one.start)
     x = jnp.zeros((33, 1)).at[one.index[start : start + n], 0].set(jnp.arange(n))
-    one = jaxfl.data.federated.dataclasses.replace(one, examples={"x": x})
+    one = dataclasses.replace(one, examples={"x": x})
     total = local.train(
         *(jax.random.key(0), seen, optax.sgd(1.0), jnp.zeros(2 * n + 2), one),
         **local.Work(batch_size=b, steps=steps, poisson=True),
@@ -142,7 +144,7 @@ def test_poisson_batches_take_each_example_by_itself():
     counts, sizes, together = total[:n], total[n : 2 * n + 1], total[-1]
     std = (steps * 0.25 * 0.75) ** 0.5
     assert np.abs(counts - steps / 4).max() < 4 * std
-    expected = steps * stats.binom(n, b / n).pmf(np.arange(n + 1))
+    expected = steps * stats.binom.pmf(np.arange(n + 1), n, b / n)
     usual = expected > 20
     assert (
         stats.chisquare(
@@ -209,6 +211,7 @@ def test_example_epsilon_is_that_of_the_accountant():
 
 @pytest.mark.parametrize("name", ["examples", "rounds", "delta", "noise_multiplier"])
 def test_example_epsilon_is_refused_where_there_is_none(name):
-    right = {"noise_multiplier": 1.0, "examples": 9, "rounds": 1, "delta": 0.1}
+    right = {"noise_multiplier": 1, "examples": 9, "rounds": 1, "delta": 0.1}
+    wrong: Any = right | {name: 0}
     with pytest.raises(ValueError, match=name):
-        privacy.example_epsilon(**right | {name: 0})
+        privacy.example_epsilon(**wrong)

@@ -15,7 +15,7 @@ from jaxfl.privacy import integers, mechanism
 from jaxfl.privacy.noise import NORMAL
 from jaxfl.secure.fixed import Residues, no_sum
 
-LARGEST_STD = 2.0**14  # of one client's noise: Bessel functions are not had far beyond it
+LARGEST_STD = 2.0**14  # of one client's noise; scipy's Bessel functions end at 2^14.5
 TRIES = 64  # of which all fail with a probability of e^-32
 
 
