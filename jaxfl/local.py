@@ -164,20 +164,19 @@ def train(
         passes = -(-steps // max(1, -(-data.shortest // batch)))
         total = steps if data.shortest else jnp.where(data.size > 0, steps, 0)
     order_key, step_key = jax.random.split(key)
-    if work.get("poisson"):
+    order = _orders(order_key, data, passes, batch, work.get("shuffle", True))
 
-        def choose(i):
-            place = jnp.arange(longest)
-            draw = jax.random.uniform(jax.random.fold_in(order_key, i), (longest,))
-            taken = (draw * data.size < batch) & (place < data.size)
-            return jnp.argsort(~taken, stable=True), place < jnp.sum(taken)
+    def in_passes(i):
+        place = i % _at_least_one(per_pass) * batch + jnp.arange(batch)
+        return order[i // _at_least_one(per_pass), place], place < data.size
 
-    else:
-        order = _orders(order_key, data, passes, batch, work.get("shuffle", True))
+    def each_by_itself(i):
+        place = jnp.arange(longest)
+        draw = jax.random.uniform(jax.random.fold_in(order_key, i), (longest,))
+        taken = (draw * data.size < batch) & (place < data.size)
+        return jnp.argsort(~taken, stable=True), place < jnp.sum(taken)
 
-        def choose(i):
-            place = i % _at_least_one(per_pass) * batch + jnp.arange(batch)
-            return order[i // _at_least_one(per_pass), place], place < data.size
+    choose = each_by_itself if work.get("poisson") else in_passes
 
     def step(i, carry):
         params, state, loss = carry

@@ -13,6 +13,7 @@ from jax_privacy.auditing import CanaryScoreAuditor
 
 import jaxfl
 from jaxfl import chain, clip, mean, privacy
+from jaxfl.channel import mechanisms
 
 WORLDS, ROUNDS, Z, C, D, K, DELTA = 2000, 4, 1.5, 0.5, 8, 5, 1e-2
 
@@ -69,7 +70,7 @@ def test_what_an_adversary_can_tell_is_less_than_what_was_accounted_for():
 
 def test_half_the_noise_is_found_out():
     noise = halved(Z)
-    (said,) = jaxfl.channel.mechanisms(chain(clip(C), mean(denominator=K), noise))
+    (said,) = mechanisms(chain(clip(C), mean(denominator=K), noise))
     assert said == privacy.Gaussian(Z)
     bound = audited(noise)
     assert bound > 1.2 * accounted(Z)

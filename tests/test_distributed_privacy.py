@@ -18,7 +18,10 @@ from jaxfl.privacy.distributed import _rounded
 from jaxfl.privacy.mechanism import rounded_norms
 
 DISTRIBUTIONS = {
-    "skellam": (integers.skellam, lambda v: stats.skellam(v / 2, v / 2).pmf),
+    "skellam": (
+        integers.skellam,
+        lambda v: lambda k: stats.skellam.pmf(k, v / 2, v / 2),
+    ),
     "discrete_gaussian": (integers.discrete_gaussian, lambda v: normal(v)),
 }
 

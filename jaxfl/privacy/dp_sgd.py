@@ -1,6 +1,7 @@
 """Differential privacy of a client's single examples, against all who see its model."""
 
 import math
+from collections.abc import Callable
 from typing import Unpack
 
 import jax
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxfl import local
+from jaxfl.core import Params, PyTree
 
 
 def dp_sgd(
-    loss: local.Loss,
+    loss: Callable[[Params, PyTree, jax.Array], jax.Array],
     *,
     clip_norm: float,
     noise_multiplier: float,
