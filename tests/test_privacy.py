@@ -305,13 +305,14 @@ def test_noise_without_a_bound_is_refused(name):
     make, ord, *_ = NOISES[name]
     algorithm, _ = cohort_of(np.zeros((2, 3)))
     bounded, noise = clip(C, ord=ord), make(1.0)
-    refused = [(chain(mean(denominator=M), noise), None)]
+    total = jaxfl.total()
+    refused = [(chain(mean(denominator=M), noise), total)]
     if ord == 1:
-        refused.append((chain(clip(C), noise), None))
+        refused.append((chain(clip(C), noise), total))
     if name.startswith("local"):
-        refused.append((chain(noise, bounded), None))
+        refused.append((chain(noise, bounded), total))
     else:
-        refused.append((chain(bounded, mean(), noise), None))
+        refused.append((chain(bounded, mean(), noise), total))
         refused.append((chain(bounded, noise), jaxfl.median()))
     for channel, aggregator in refused:
         with pytest.raises(ValueError, match=f"{name}: nothing bounds"):
