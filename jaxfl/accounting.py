@@ -12,12 +12,23 @@ from typing import NamedTuple
 import dp_accounting as dp
 import numpy as np
 from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant
+from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
 from jaxfl.channel import mechanisms
 from jaxfl.core import Bound, Channel, Federation, pass_on
 from jaxfl.history import History
-from jaxfl.privacy.mechanism import Gaussian, Laplace, Local, Reported
+from jaxfl.privacy.mechanism import (
+    DiscreteGaussian,
+    Distributed,
+    Gaussian,
+    Laplace,
+    Local,
+    RandomisedResponse,
+    Reported,
+    Skellam,
+    discrete_gaussian_rdp,
+    skellam_rdp,
+)
 from jaxfl.sampling import Poisson, cohort_rows
 
 # Made with the keyword `neighboring_relation`, as those of dp_accounting are.
@@ -71,7 +82,9 @@ def epsilon(
     multiplier `(sum_i z_i^-2)^(-1/2)`. Local noise protects what a client sends from
     the server as well, but not the weights beside it, if `mean` sends any; the server
     knows who sends, so that nothing is amplified, and a client counts as if it took
-    part in all `rounds`.
+    part in all `rounds`. The same holds of distributed noise, which is accounted for by
+    the Renyi divergences of its papers, if as many clients send in each round as share
+    in it.
 
     Who was in a cohort, and the rest of a `History`, is not private.
 
@@ -254,7 +267,16 @@ def _spent(release: _Release, rounds: int, delta: float, accountant) -> float:
     return result if growth(result) <= kept_back else math.inf
 
 
-def _noise_of(private: Federation | Channel) -> list[Gaussian | Laplace | Local]:
+def _of_distributed(found: list, rounds: int, delta: float) -> float:
+    if len(found) > 1:
+        raise ValueError("private: noise of clients together must be its only noise.")
+    divergences = {Skellam: skellam_rdp, DiscreteGaussian: discrete_gaussian_rdp}
+    noise, orders = found[0].noise, range(2, 513)
+    rdp = np.array(divergences[type(noise)](noise, orders))
+    return float(compute_epsilon(orders, rounds * rdp, delta)[0])
+
+
+def _noise_of(private: Federation | Channel) -> list:
     """Of each layer that has any; raises where there is something that none hides."""
     if isinstance(private, Federation):
         _, channel, aggregator = private.parts
@@ -274,7 +296,7 @@ def _noise_of(private: Federation | Channel) -> list[Gaussian | Laplace | Local]
             "private: noise at the clients and noise at the server protect from "
             "different observers; account for a channel with either alone."
         )
-    if not all(local):
+    if not any(isinstance(x, Local | Distributed) for x in found):
         _require_deaf(channel, found)
     return [x.noise if isinstance(x, Reported) else x for x in found]
 
@@ -333,6 +355,14 @@ def _together(noises: Sequence, moved: float) -> dp.DpEvent:
         if shares:
             events.append(event(sum(shares) ** (-1 / power)))
     return events[0] if len(events) == 1 else dp.ComposedDpEvent(events)
+
+
+def _responses(noises: Sequence) -> dp.DpEvent:
+    """One event for all answers that one message has."""
+    if not all(isinstance(noise, RandomisedResponse) for noise in noises):
+        raise ValueError("private: randomised response must be its only local noise.")
+    total = sum(float(noise.epsilon) for noise in noises)
+    return dp.RandomizedResponseDpEvent(2 / (1 + math.exp(total)), num_buckets=2)
 
 
 def _multiplier(noise: Gaussian | Laplace) -> float:

@@ -12,8 +12,20 @@ from jaxfl.core import Metrics, Params
 from jaxfl.data.federated import ClientData
 
 PyTree = Any
-Loss = Callable[[Params, PyTree, jax.Array], jax.Array]
 Gradient = Callable[[Params, PyTree, jax.Array, jax.Array], tuple[jax.Array, Params]]
+
+
+class Differentiated(NamedTuple):
+    """A loss that comes with a gradient of its own; algorithms take it for a loss.
+
+    Attributes:
+      gradient: `(params, batch, mask [B], key) -> (mean loss, gradient)`.
+    """
+
+    gradient: Gradient
+
+
+Loss = Callable[[Params, PyTree, jax.Array], jax.Array] | Differentiated
 
 
 def gradient(loss: Loss) -> Gradient:
@@ -23,7 +35,8 @@ def gradient(loss: Loss) -> Gradient:
     up a ragged client's last batch.
 
     Args:
-      loss: `(params, batch, key) -> [B]`, one loss for each example.
+      loss: `(params, batch, key) -> [B]`, one loss for each example; or a
+        `Differentiated`, which has its own.
 
     Returns:
       `(params, batch, mask [B], key) -> (mean loss, gradient)`.
@@ -31,17 +44,24 @@ def gradient(loss: Loss) -> Gradient:
     Raises:
       TypeError: when the loss is called and does not return one number an example.
     """
+    if isinstance(loss, Differentiated):
+        return loss.gradient
 
     def mean_loss(params, batch, mask, key):
         losses = loss(params, batch, key)
-        if jnp.shape(losses) != mask.shape:
-            raise TypeError(
-                f"loss must return one loss for each example, shape {mask.shape}, "
-                f"got shape {jnp.shape(losses)}; jaxfl takes the mean itself."
-            )
+        require_one_each(losses, mask.size)
         return jnp.sum(jnp.where(mask, losses, 0)) / jnp.maximum(jnp.sum(mask), 1)
 
     return jax.value_and_grad(mean_loss)
+
+
+def require_one_each(losses: jax.Array, size: int) -> None:
+    """Raises TypeError unless there is one loss for each of so many examples."""
+    if jnp.shape(losses) != (size,):
+        raise TypeError(
+            f"loss must return one loss for each example, shape {(size,)}, "
+            f"got shape {jnp.shape(losses)}; jaxfl takes the mean itself."
+        )
 
 
 class Work(TypedDict, total=False):
@@ -54,6 +74,10 @@ class Work(TypedDict, total=False):
       steps: steps in a round instead, the same number for every client, over as many
         passes as that needs. The orders of as many passes as the smallest client
         needs are drawn for every client.
+      poisson: True to draw every example for every step by itself, with probability
+        B / n, in place of passes over them. Batches are of B examples on average; each
+        has room for as many as the longest client has, and a gradient is computed for
+        all of that, unless by `privacy.dp_sgd` in microbatches.
       shuffle: False to go through the examples in the order in which they are kept.
       probe: `params -> values`, to look inside the round.
       probes: how often, at equal distances, the last time after the last step; 5 if
@@ -63,6 +87,7 @@ class Work(TypedDict, total=False):
     batch_size: int | None
     epochs: int | None
     steps: int | None
+    poisson: bool
     shuffle: bool
     probe: Callable[[Params], PyTree] | None
     probes: int
@@ -141,15 +166,23 @@ def train(
     order_key, step_key = jax.random.split(key)
     order = _orders(order_key, data, passes, batch, work.get("shuffle", True))
 
+    def in_passes(i):
+        place = i % _at_least_one(per_pass) * batch + jnp.arange(batch)
+        return order[i // _at_least_one(per_pass), place], place < data.size
+
+    def each_by_itself(i):
+        place = jnp.arange(longest)
+        draw = jax.random.uniform(jax.random.fold_in(order_key, i), (longest,))
+        taken = (draw * data.size < batch) & (place < data.size)
+        return jnp.argsort(~taken, stable=True), place < jnp.sum(taken)
+
+    choose = each_by_itself if work.get("poisson") else in_passes
+
     def step(i, carry):
         params, state, loss = carry
-        place = i % _at_least_one(per_pass) * batch + jnp.arange(batch)
-        rows = order[i // _at_least_one(per_pass), place]
+        rows, mask = choose(i)
         value, grads = gradient(
-            params,
-            data.take(rows),
-            place < data.size,
-            jax.random.fold_in(step_key, i),
+            params, data.take(rows), mask, jax.random.fold_in(step_key, i)
         )
         updates, state = optimizer.update(_at_once(grads), state, params)
         loss = loss + value.astype(jnp.float32)
@@ -181,6 +214,8 @@ def check_work(**work: Unpack[Work]) -> None:
     epochs, steps = work.get("epochs"), work.get("steps")
     if epochs is not None and steps is not None:
         raise ValueError(f"give epochs or steps, not both: got {epochs=} and {steps=}.")
+    if work.get("poisson") and not work.get("shuffle", True):
+        raise ValueError("poisson: such batches have no order; leave shuffle out.")
     for name in ("batch_size", "epochs", "steps", "probes"):
         value = work.get(name)
         if value is not None and (not isinstance(value, Integral) or int(value) < 1):

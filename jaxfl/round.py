@@ -33,7 +33,7 @@ from jaxfl.core import (
 )
 from jaxfl.data.federated import ClientData
 from jaxfl.mesh import AXIS, NOBODY, by_coordinates, per_device, read_rows, write_rows
-from jaxfl.privacy.mechanism import Local
+from jaxfl.privacy.mechanism import Distributed, Local
 
 PyTree = Any
 
@@ -228,7 +228,10 @@ def federate(
         )
     # One client moves a sum by its own message; what it moves a median by, nobody says.
     summed_bound = channel.bound(Bound()) if summed else Bound()
-    private = any(not isinstance(x, Local) for x in mechanisms(channel, summed))
+    private = any(
+        not isinstance(mechanism, Local | Distributed)
+        for mechanism in mechanisms(channel, summed)
+    )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
     if mesh is not None and AXIS not in mesh.axis_names:

@@ -283,6 +283,28 @@ def residues(width: int, neighbours: int | None = None) -> Reference:
     return Reference(encode, lambda bits, d: from_bits(bits[before:], width, d))
 
 
+def randomised_response(epsilon, d: int, m: int, levels: int, clip=1.0) -> Reference:
+    """The places, if not all are sent, and which of the levels each number is at."""
+    a = epsilon / m
+    top = clip * d / m * (math.exp(a) + levels - 1) / (math.exp(a) - 1)
+    grid = (2 * np.arange(levels) / (levels - 1) - 1) * top
+    width, place = (levels - 1).bit_length(), (d - 1).bit_length() * (m < d)
+
+    def encode(x, key):
+        at = np.flatnonzero(x)
+        level = np.abs(x[at, None] - grid).argmin(1)
+        return np.concatenate([to_bits(at, place), to_bits(level, width)])
+
+    def decode(bits, d):
+        at, bits = from_bits(bits, place, m) if place else (np.arange(d), bits)
+        level, bits = from_bits(bits, width, m)
+        x = np.zeros(d, np.float32)
+        x[at] = grid[level]
+        return x, bits
+
+    return Reference(encode, decode)
+
+
 def significant() -> Reference:
     """A flag; the places of what is not 0, by a bitmap or as a list; those numbers."""
 
@@ -396,6 +418,11 @@ ENCODERS: dict[str, Whole] = {
     "entropy": whole(qsgd(4)),
     "fixed_point": whole(residues(27)),
     "secure_sum": whole(residues(32, 4)),
+    "skellam": whole(residues(20)),
+    "discrete_gaussian": whole(residues(20)),
+    "skellam in secret": whole(residues(20, 6)),
+    "randomised_response": whole(randomised_response(6.0, 4, 4, 2)),
+    "randomised_response of some": whole(randomised_response(6.0, 4, 3, 4)),
     "gaia": whole(significant()),
 }
 

@@ -337,3 +337,25 @@ def test_the_ledger_has_what_was_spent_at_each_evaluation():
     assert list(kept.evaluation_table()) == ["round", "b", "epsilon"]
     assert kept.clients is history.clients and "epsilon" not in history.evaluations
     assert dataclasses.replace(kept, evaluations=history.evaluations) == history
+
+
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_randomised_response_is_pure(rounds):
+    """Its epsilons add up where delta is next to nothing."""
+    channel = chain(clip(1.0), privacy.randomised_response(0.5), mean())
+    run = {"population": 100, "cohort": 10, "rounds": rounds}
+    got = epsilon(channel, **run, delta=1e-12)
+    np.testing.assert_allclose(got, 0.5 * rounds, rtol=2e-2)
+    if rounds > 1:  # a larger delta buys something
+        assert epsilon(channel, **run | {"rounds": 200}, delta=1e-3) < 0.5 * 100
+
+
+@pytest.mark.parametrize("noise", [privacy.skellam, privacy.discrete_gaussian])
+def test_distributed_noise_on_a_fine_grid_counts_as_normal(noise):
+    shared = {"clients": 20, "dimension": 64, "bits": 24}
+    of_clients = chain(clip(1.0), mean(denominator=20.0), noise(1.5, **shared))
+    at_server = chain(clip(1.0), mean(denominator=20.0), privacy.gaussian(1.5))
+    run = {"population": 20, "cohort": None, "rounds": 10, "delta": 1e-5}
+    want = epsilon(at_server, **run, accountant=RdpAccountant)
+    got = epsilon(of_clients, **run)
+    assert want <= got * (1 + 1e-3) and got <= 1.01 * want

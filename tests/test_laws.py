@@ -85,6 +85,20 @@ def around(channel):
     return descent(), channel, jaxfl.total()
 
 
+def distributed(h, noise):
+    return chain(
+        *(jaxfl.clip(h), compress.rotation(), mean(denominator=5.0)),
+        noise(0.3, clients=5, dimension=4, bits=20),
+    )
+
+
+def private(h):
+    loss = privacy.dp_sgd(
+        toy.loss, clip_norm=h, noise_multiplier=0.3, denominator=2, microbatch_size=2
+    )
+    return jaxfl.fedavg(loss, optax.sgd(0.1), batch_size=3, steps=2, poisson=True)
+
+
 RING = jaxfl.topology.ring(toy.N)
 
 
@@ -160,6 +174,21 @@ PARTS = {
             privacy.gaussian(0.3),
         )
     ),
+    "randomised_response": lambda h: around(
+        chain(jaxfl.clip(1.0), privacy.randomised_response(6.0 * h))
+    ),
+    "randomised_response of some": lambda h: around(
+        chain(
+            jaxfl.clip(1.0),
+            privacy.randomised_response(6.0 * h, coordinates=3, levels=4),
+        )
+    ),
+    "skellam": lambda h: around(distributed(h, privacy.skellam)),
+    "discrete_gaussian": lambda h: around(distributed(h, privacy.discrete_gaussian)),
+    "skellam in secret": lambda h: around(
+        chain(distributed(h, privacy.skellam), secure.secure_sum())
+    ),
+    "dp_sgd": lambda h: (private(h), mean(), jaxfl.total()),
     # codecs
     "top_k": lambda h: around(compress.top_k(0.5 * h)),
     "top_k of qsgd": lambda h: around(compress.top_k(0.5, compress.qsgd(7))),
@@ -641,7 +670,8 @@ def adds_noise(name):
     """At the server, where that nobody sends is private."""
     _, channel, aggregator = PARTS[name](1.0)
     found = mechanisms(channel, aggregator.linear or aggregator.sums)
-    return any(not isinstance(mechanism, privacy.Local) for mechanism in found)
+    at_clients = privacy.Local | privacy.Distributed
+    return any(not isinstance(mechanism, at_clients) for mechanism in found)
 
 
 @every_part

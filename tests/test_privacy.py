@@ -1,11 +1,14 @@
-"""Channels that bound what one client contributes."""
+"""Channels that bound what one client contributes, and that hide it."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 import jaxfl
+from jaxfl import chain, clip, core, mean, privacy
+from jaxfl.channel import mechanisms
 from jaxfl.core import Message
 
 
@@ -123,3 +126,217 @@ def clipped_traced(norm):
 def test_the_norm_is_positive(wrong):
     with pytest.raises(ValueError, match="norm must be positive"):
         jaxfl.clip(wrong)
+
+
+# --- other norms --------------------------------------------------------------
+
+
+def test_clip_by_absolute_values_is_numpy():
+    rng = np.random.default_rng(0)
+    channel = clip(2.0, ord=1)
+    for size in (0.1, 10.0):
+        x = {"a": size * rng.normal(size=(2, 3)), "b": size * rng.normal(size=4)}
+        l1 = sum(np.abs(v).sum() for v in x.values())
+        full = Message(jax.tree.map(jnp.float32, x), jnp.float32(1), jnp.float32(0))
+        message, _, report = channel.encode(None, full, (), ())
+        for name, v in x.items():
+            want = v * min(1, 2.0 / l1)
+            np.testing.assert_allclose(message.payload[name], want, rtol=1e-5)
+        assert report["clipped"] == (l1 > 2)
+    assert channel.bound(core.Bound()) == core.Bound(2.0, 2.0)
+    with pytest.raises(ValueError, match="ord must be"):
+        clip(1.0, ord=3)
+
+
+def test_clip_layers_is_numpy():
+    x = {"a": np.full((2, 2), 3.0), "b": np.array([0.1]), "c": np.arange(3.0)}
+    full = Message(jax.tree.map(jnp.float32, x), jnp.float32(1), jnp.float32(0))
+    message, _, report = privacy.clip_layers(1.5).encode(None, full, (), ())
+    for name, v in x.items():
+        want = v * min(1, 1.5 / 3**0.5 / np.linalg.norm(v))
+        np.testing.assert_allclose(message.payload[name], want, rtol=1e-6)
+    assert report["clipped"].item() == pytest.approx(2 / 3)
+
+
+# --- a clip norm that follows a quantile --------------------------------------
+
+K = 20
+
+
+def cohort_of(payloads):
+    """A federation whose client i sends row i, and what it is run on."""
+
+    def client(ctx, broadcast, client_state, data):
+        return data, (), ()
+
+    algorithm = core.Algorithm(
+        lambda p: (p, ()), client, lambda ctx, state, outcome: outcome.payload
+    )
+    everyone = core.Cohort(
+        jnp.arange(len(payloads)),
+        jnp.asarray(payloads),
+        jnp.ones(len(payloads)),
+        jnp.ones(len(payloads), bool),
+    )
+    return algorithm, everyone
+
+
+def run(channel, payloads, rounds=1):
+    """What is decoded and the server's state of the channel, after each round."""
+    algorithm, everyone = cohort_of(payloads)
+    federation = jaxfl.federate(algorithm, channel)
+    state = federation.init(jnp.zeros(payloads.shape[1]), everyone.data)
+
+    def step(state, _):
+        state, _ = federation.round(jax.random.key(0), state, everyone)
+        return state, (state.server.algorithm, state.server.channel)
+
+    return jax.jit(lambda s: jax.lax.scan(step, s, None, rounds)[1])(state)
+
+
+def lengths_of(k=K, d=3):
+    x = np.random.default_rng(1).normal(size=(k, d))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return (x * np.geomspace(0.1, 20.0, k)[:, None]).astype(np.float32)
+
+
+def test_adaptive_clip_is_algorithm_1():
+    """Without noise, against float64: norms and what is decoded, of 40 rounds."""
+    x = lengths_of().astype(np.float64)
+    sizes, c, want = np.linalg.norm(x, axis=1), 3.0, []
+    for _ in range(40):
+        clipped = x * np.minimum(1, c / sizes)[:, None]
+        below = (sizes <= c).mean()
+        c = c * np.exp(-0.3 * (below - 0.7))
+        want.append((clipped.mean(0), c))
+    adaptive = privacy.adaptive_clip(
+        0.7, initial=3.0, clients=K, count_std=0.0, learning_rate=0.3
+    )
+    decoded, state = run(chain(adaptive, mean(denominator=K)), np.float32(x), 40)
+    np.testing.assert_allclose(state[0], [c for _, c in want], rtol=1e-4)
+    np.testing.assert_allclose(decoded, [p for p, _ in want], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("quantile", [0.25, 0.5, 0.8])
+def test_adaptive_clip_finds_the_quantile(quantile):
+    """From far away and with the paper's noise, to between its neighbours."""
+    x = lengths_of(k=100)
+    adaptive = privacy.adaptive_clip(quantile, initial=0.01, clients=100)
+    _, state = run(chain(adaptive, mean(denominator=100)), x, 300)
+    found = np.exp(np.log(np.asarray(state[0])[100:]).mean())
+    near = [quantile - 0.04, quantile + 0.04]
+    low, high = np.quantile(np.linalg.norm(x, axis=1), near)
+    assert low < found < high
+
+
+def test_the_noise_of_the_count_is_what_the_mechanism_says():
+    x = lengths_of()
+    adaptive = privacy.adaptive_clip(0.5, initial=3.0, clients=K, count_std=2.0)
+    (found,) = mechanisms(adaptive)
+    assert found == privacy.Gaussian(4.0)  # b - 1/2 is at most 1/2
+    _, state = run(chain(adaptive, mean(denominator=K)), x, 4000)
+    c = np.r_[3.0, np.asarray(state[0], np.float64)]
+    below = (np.linalg.norm(x, axis=1) <= c[:-1, None]).sum(1)
+    share = 0.5 - np.diff(np.log(c)) / 0.2
+    noise = K * share - below
+    assert_of_scale(noise, 2.0, "norm")
+
+
+# --- noise --------------------------------------------------------------------
+
+
+def assert_of_scale(noise, scale, distribution):
+    """It passes for that scale, and does not for others."""
+    noise = np.ravel(noise)
+    assert stats.kstest(noise / scale, distribution).pvalue > 1e-3
+    for wrong in (0.8, 1.25):
+        assert stats.kstest(noise / scale / wrong, distribution).pvalue < 1e-6
+
+
+C, D, M = 0.5, 4000, 5.0
+NOISES = {
+    # channel, which norm is clipped, the distribution
+    "gaussian": (privacy.gaussian, 2, "norm", privacy.Gaussian),
+    "laplace": (privacy.laplace, 1, "laplace", privacy.Laplace),
+    "local_gaussian": (privacy.local_gaussian, 2, "norm", privacy.Gaussian),
+    "local_laplace": (privacy.local_laplace, 1, "laplace", privacy.Laplace),
+}
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+@pytest.mark.parametrize("name", NOISES)
+def test_the_noise_is_what_the_mechanism_says(name, inside):
+    """In a whole round, wherever it stands: beside what the round gives without."""
+    make, ord, distribution, described = NOISES[name]
+    local = name.startswith("local")
+
+    def between(z):
+        layers = [mean(denominator=M), make(z)]
+        return chain(clip(C, ord=ord), *(layers if inside else layers[::-1]))
+
+    found = mechanisms(between(1.3))
+    assert found == [privacy.Local(described(1.3)) if local else described(1.3)]
+    x = lengths_of(1 if local else 3, D)
+    noisy, quiet = (np.asarray(run(between(z), x)[0], np.float64) for z in (1.3, 0.0))
+    assert_of_scale(noisy - quiet, 1.3 * C / M, distribution)
+
+
+def test_clients_draw_apart():
+    """Their sum has the standard deviation of independent draws, and no other."""
+    x = 0 * lengths_of(16, D)
+    channel = chain(clip(C), privacy.local_gaussian(1.3), mean(denominator=M))
+    assert_of_scale(run(channel, x)[0], 4 * 1.3 * C / M, "norm")
+
+
+def test_noise_behind_an_adaptive_clip_is_of_its_norm():
+    x = lengths_of(3, D)
+    channel = chain(
+        privacy.adaptive_clip(0.5, initial=3.0, clients=3, count_std=0.0),
+        mean(denominator=M),
+        privacy.gaussian(1.3),
+    )
+    clipped = x * np.minimum(1, 3.0 / np.linalg.norm(x, axis=1))[:, None]
+    decoded, _ = run(channel, x)
+    assert_of_scale(decoded[0] - clipped.sum(0) / M, 3.0 * 1.3 / M, "norm")
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_noise_without_a_bound_is_refused(name):
+    make, ord, *_ = NOISES[name]
+    algorithm, _ = cohort_of(np.zeros((2, 3)))
+    bounded, noise = clip(C, ord=ord), make(1.0)
+    total = jaxfl.total()
+    refused = [(chain(mean(denominator=M), noise), total)]
+    if ord == 1:
+        refused.append((chain(clip(C), noise), total))
+    if name.startswith("local"):
+        refused.append((chain(noise, bounded), total))
+    else:
+        refused.append((chain(bounded, mean(), noise), total))
+        refused.append((chain(bounded, noise), jaxfl.median()))
+    for channel, aggregator in refused:
+        with pytest.raises(ValueError, match=f"{name}: nothing bounds"):
+            jaxfl.federate(algorithm, channel, aggregator)
+    with pytest.raises(ValueError, match="noise_multiplier must be"):
+        make(-1.0)
+    with pytest.raises(TypeError, match="floats"):
+        make(1.0).init(jnp.arange(3))
+
+
+def test_two_mechanisms_are_as_one():
+    rest = privacy.noise_left(0.9, spent=3.0)
+    assert rest**-2 + 3.0**-2 == pytest.approx(0.9**-2)
+    with pytest.raises(ValueError, match="noise_multiplier must be between"):
+        privacy.noise_left(1.0, spent=0.5)
+
+
+def test_adaptive_clip_refuses_what_makes_no_sense():
+    right = {"quantile": 0.5, "initial": 1.0, "clients": 10}
+    for name, wrong in (
+        ("quantile", 1.0),
+        ("initial", 0.0),
+        ("clients", -1),
+        ("count_std", -0.1),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            privacy.adaptive_clip(**right | {name: wrong})

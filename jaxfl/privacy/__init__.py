@@ -6,11 +6,30 @@ client can move what the noise is added to is worked out from the chain, so that
 user nor accountant need know it:
 
     chain(clip(0.5), mean(denominator=100), gaussian(noise_multiplier=1.0))
+
+Clients hide a message from the server as well (`local_gaussian`, `local_laplace`,
+`randomised_response`), or add shares of noise that protect a secure sum (`skellam`,
+`discrete_gaussian`). `dp_sgd` protects the single examples of each client.
 """
 
 from jaxfl.privacy.clip import adaptive_clip, clip, clip_layers
-from jaxfl.privacy.mechanism import Gaussian, Laplace, Local, Reported, noise_left
+from jaxfl.privacy.distributed import discrete_gaussian, skellam
+from jaxfl.privacy.dp_sgd import dp_sgd, example_epsilon
+from jaxfl.privacy.mechanism import (
+    DiscreteGaussian,
+    Distributed,
+    Gaussian,
+    Laplace,
+    Local,
+    RandomisedResponse,
+    Reported,
+    Skellam,
+    discrete_gaussian_rdp,
+    noise_left,
+    skellam_rdp,
+)
 from jaxfl.privacy.noise import gaussian, laplace, local_gaussian, local_laplace
+from jaxfl.privacy.response import randomised_response
 
 __all__ = [
     "clip",
@@ -20,9 +39,20 @@ __all__ = [
     "laplace",
     "local_gaussian",
     "local_laplace",
+    "randomised_response",
+    "skellam",
+    "discrete_gaussian",
+    "dp_sgd",
+    "example_epsilon",
     "noise_left",
+    "skellam_rdp",
+    "discrete_gaussian_rdp",
     "Gaussian",
     "Laplace",
     "Local",
     "Reported",
+    "RandomisedResponse",
+    "Distributed",
+    "Skellam",
+    "DiscreteGaussian",
 ]
