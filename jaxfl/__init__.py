@@ -48,7 +48,7 @@ from jaxfl.mesh import client_mesh
 from jaxfl.plan import cores_as_devices, dry_run, tune
 from jaxfl.privacy.clip import clip
 from jaxfl.round import federate, map_clients
-from jaxfl.simulate import sample_cohort, scan_rounds, simulate
+from jaxfl.simulate import Cyclic, sample_cohort, scan_rounds, simulate
 from jaxfl.stream import on_host
 
 __version__ = version("jaxfl")
@@ -111,6 +111,7 @@ __all__ = [
     "on_host",
     "scan_rounds",
     "sample_cohort",
+    "Cyclic",
     "History",
     "history",
     # what is looked at

@@ -24,7 +24,7 @@ from jaxfl.round import (
     message_shapes,
     population_size,
 )
-from jaxfl.simulate import checked_cohort_size, sample_cohort
+from jaxfl.simulate import Cyclic, checked_cohort_size, sample_cohort
 from jaxfl.stream import OnHost, population_of
 
 # Floating-point operations of one local step, below which a CPU spends its time
@@ -82,7 +82,7 @@ def dry_run(
     params: Params,
     data: Data | OnHost,
     *,
-    cohort_size: int | None = None,
+    cohort_size: int | Cyclic | None = None,
 ) -> Estimate:
     """What a round would cost: compiled, and not run.
 
@@ -133,7 +133,7 @@ def tune(
     params: Params,
     data: Data | OnHost,
     *,
-    cohort_size: int | None = None,
+    cohort_size: int | Cyclic | None = None,
     verbose: bool = True,
 ) -> Federation:
     """The same federation under the plan that suits this machine.

@@ -9,7 +9,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,19 @@ from jaxfl.stream import (
 
 PyTree = Any
 Evaluate = Callable[[State], dict[str, jax.Array]]
+
+
+class Cyclic(NamedTuple):
+    """Cohorts of K in turn, in one random order of all clients.
+
+    Round t takes the places `t K, ..., t K + K - 1` of that order, modulo N. All take
+    part equally often, with at least N // K rounds from one time to the next.
+
+    Attributes:
+      size: K.
+    """
+
+    size: int
 
 
 def sample_cohort(
@@ -62,23 +75,49 @@ def sample_cohort(
     """
     n = population_size(data)
     size = checked_cohort_size(size, n)
+    if size == n:
+        weight = _weights(data, weight)
+        return Cohort(jnp.arange(n, dtype=jnp.int32), data, weight, jnp.ones(n, bool))
+    return _cohort_of(draw_clients(key, n, size), data, weight)
+
+
+def _cohort_of(client: jax.Array, data: Data, weight: PyTree) -> Cohort:
+    alive = jnp.ones(client.shape, bool)
+    weight = _weights(data, weight)[client]
+    return Cohort(client, select_clients(data, client), weight, alive)
+
+
+def _weights(data: Data, weight: PyTree) -> jax.Array:
+    n = population_size(data)
     if weight is None:
         weight = data.size if isinstance(data, ClientData) else jnp.ones(n)
     if jnp.shape(weight) != (n,):
         raise ValueError(f"weight must have shape ({n},), got {jnp.shape(weight)}.")
-    weight = jnp.asarray(weight, jnp.float32)
-    if size == n:
-        return Cohort(jnp.arange(n, dtype=jnp.int32), data, weight, jnp.ones(n, bool))
-    client = draw_clients(key, n, size)
-    return Cohort(
-        client, select_clients(data, client), weight[client], jnp.ones(size, bool)
-    )
+    return jnp.asarray(weight, jnp.float32)
 
 
-def checked_cohort_size(cohort_size: int | None, n: int) -> int:
+def _draw(key: jax.Array, n: int, cohort_size: int | Cyclic) -> Callable:
+    """`round -> ids [K]`, the clients of each round of a run."""
+    if not isinstance(cohort_size, Cyclic):
+        return lambda round: draw_clients(
+            jax.random.fold_in(key, round), n, cohort_size
+        )
+    order = jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))
+    k, cycle = cohort_size.size, n // cohort_size.size
+
+    def in_turn(round):  # t K modulo N, of numbers that are not as large as t K
+        place = round % cycle * k - round // cycle * (n % k)
+        return order[(place + jnp.arange(k)) % n]
+
+    return in_turn
+
+
+def checked_cohort_size(cohort_size: int | Cyclic | None, n: int) -> int:
     """K, which is N if it is not given; a ValueError unless it is from 1 to N."""
     if cohort_size is None:
         return n
+    if isinstance(cohort_size, Cyclic):
+        return checked_cohort_size(cohort_size.size, n)
     if not 1 <= cohort_size <= n:
         raise ValueError(f"cohort_size must be between 1 and {n}, got {cohort_size}.")
     return cohort_size
@@ -125,7 +164,7 @@ def scan_rounds(
     *,
     rounds: int,
     key: jax.Array,
-    cohort_size: int | None = None,
+    cohort_size: int | Cyclic | None = None,
     weight: jax.Array | None = None,
     evaluate: Evaluate | None = None,
     every: int = 1,
@@ -142,7 +181,8 @@ def scan_rounds(
       data: the population's.
       rounds: R.
       key: of the run.
-      cohort_size: K, clients drawn uniformly for each round; None for everyone.
+      cohort_size: K, clients drawn uniformly for each round; None for everyone;
+        `Cyclic(K)` for cohorts in turn.
       weight: float32 `[N]`, see `sample_cohort`.
       evaluate: `state -> {name: array}`, or None.
       every: rounds between evaluations; must divide `rounds`.
@@ -175,11 +215,16 @@ def scan_rounds(
     if every < 1 or rounds < 1 or rounds % every:
         raise ValueError(f"every must divide rounds, got {every=} and {rounds=}.")
     sample_key, run_key = jax.random.split(key)
+    n = population_size(data)
+    if checked_cohort_size(cohort_size, n) == n:
+        cohort_size = None  # whose data stay where they are
+    draw = cohort_size and _draw(sample_key, n, cohort_size)
 
     def one_round(state, _):
-        cohort = sample_cohort(
-            jax.random.fold_in(sample_key, state.round), data, cohort_size, weight
-        )
+        if draw is None:
+            cohort = sample_cohort(sample_key, data, weight=weight)
+        else:
+            cohort = _cohort_of(draw(state.round), data, weight)
         return federation.round(run_key, state, cohort)
 
     def segment(state, _):
@@ -262,7 +307,7 @@ def simulate(
     *,
     rounds: int,
     key: jax.Array,
-    cohort_size: int | None = None,
+    cohort_size: int | Cyclic | None = None,
     weight: jax.Array | np.ndarray | None = None,
     evaluate: Evaluate | None = None,
     every: int = 1,
@@ -295,7 +340,7 @@ def simulate(
       rounds: how many rounds in all, those before a checkpoint included.
       key: random key, `jax.random.key(seed)`.
       cohort_size: K, clients drawn uniformly without replacement for each round; None
-        for everyone.
+        for everyone; `Cyclic(K)` for cohorts in turn.
       weight: `[N]`, the weights of clients; their numbers of examples by default.
       evaluate: `state -> {name: array}` after every segment, on the device; see
         `evaluate.on_server`.
@@ -345,7 +390,7 @@ def simulate(
         evaluate = jax.tree_util.Partial(evaluate)
     sample_key = jax.random.split(key)[0]  # on this process's own device
     params, weight, key, evaluate = _place((params, weight, key, evaluate), federation)
-    size = None if cohort_size == n else cohort_size
+    size = None if checked_cohort_size(cohort_size, n) == n else cohort_size
     if isinstance(data, OnHost):
         state, feed, segment, piece_like = _from_host(
             federation, params, data, weight, evaluate, key, sample_key, size
@@ -366,7 +411,9 @@ def simulate(
                 "weight": digest(weight),
                 "data": digest(given, most=2**20),
                 "population": n,
-                "cohort_size": cohort_size,
+                "cohort_size": repr(cohort_size)
+                if isinstance(cohort_size, Cyclic)
+                else cohort_size,
                 "every": every,
             }
             folder = stack.enter_context(
@@ -512,8 +559,7 @@ def _from_host(federation, params, host, weight, evaluate, key, sample_key, size
 @functools.partial(jax.jit, static_argnames=("rounds", "n", "k"))
 def _draws(key, first, *, rounds, n, k):
     """The ids of the cohorts of these rounds, as `scan_rounds` draws them."""
-    each = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(rounds))
-    return jax.lax.map(lambda key: draw_clients(key, n, k), each)
+    return jax.lax.map(_draw(key, n, k), first + jnp.arange(rounds))
 
 
 def _host_device() -> Any:

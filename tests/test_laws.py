@@ -13,6 +13,7 @@ import pytest
 import toy
 from encoders import ENCODERS, layer_key
 from jax.sharding import NamedSharding, PartitionSpec
+from jax_privacy.matrix_factorization.banded import ColumnNormalizedBanded
 
 import jaxfl
 from jaxfl import Aggregator, chain, communicate, compress, core, mean, privacy
@@ -75,6 +76,8 @@ def around(channel):
 
 
 RING = jaxfl.topology.ring(toy.N)
+BANDED = ColumnNormalizedBanded.default(4, 2).inverse_as_streaming_matrix()
+TREE = privacy.tree_aggregation(4, restart=3)
 
 
 def nodes(h=1.0):
@@ -136,6 +139,20 @@ PARTS = {
             privacy.adaptive_clip(0.5, initial=0.3 * h, clients=5.0),
             mean(denominator=5.0),
             privacy.gaussian(0.3),
+        )
+    ),
+    "correlated_gaussian": lambda h: around(
+        chain(
+            jaxfl.clip(h),
+            mean(denominator=5.0),
+            privacy.correlated_gaussian(0.3 * h, BANDED, rounds=4, min_separation=2),
+        )
+    ),
+    "tree_aggregation": lambda h: around(
+        chain(
+            jaxfl.clip(h),
+            privacy.correlated_gaussian(0.3, TREE, rounds=4, min_separation=1),
+            mean(denominator=5.0 * h),
         )
     ),
     # codecs

@@ -19,7 +19,7 @@ import toy
 
 import jaxfl
 from jaxfl.checkpoint import digest
-from jaxfl.simulate import _draw_few, _segment, sample_cohort, scan_rounds
+from jaxfl.simulate import Cyclic, _draw, _draw_few, _segment, sample_cohort, scan_rounds
 
 FEDERATION = jaxfl.federate(
     jaxfl.fedavg(toy.loss, optax.sgd(0.1, 0.5), optax.adam(0.05), batch_size=2),
@@ -294,6 +294,33 @@ def test_cohorts_differ_between_rounds():
     assert all(len(set(c)) == 3 for c in clients.tolist())
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_cyclic_cohorts_keep_clients_apart(size):
+    rounds = 30
+    clients = run(rounds, cohort_size=Cyclic(size))[1].clients.client
+    often = np.bincount(clients.ravel(), minlength=toy.N)
+    assert often.max() - often.min() <= 1
+    for client in range(toy.N):
+        (at,) = np.nonzero((clients == client).any(1))
+        assert np.diff(at).min() >= toy.N // size
+    if size < toy.N:
+        in_order = np.arange(rounds * size).reshape(rounds, size) % toy.N
+        renamed = np.argsort(clients.ravel()[: toy.N])
+        np.testing.assert_array_equal(renamed[clients], in_order)
+        other = run(1, cohort_size=Cyclic(size), seed=1)[1].clients.client
+        assert size == 1 or (other[0] != clients[0]).any()
+
+
+def test_cyclic_cohorts_of_a_long_run_do_not_overflow():
+    n, size = 1_000_003, 9_999
+    draw = jax.jit(_draw(jax.random.key(0), n, Cyclic(size)))
+    order = np.argsort(draw_all := np.asarray(_draw(jax.random.key(0), n, Cyclic(n))(0)))
+    assert len(draw_all) == n
+    round = 3_000_000
+    want = (round * size + np.arange(size)) % n
+    np.testing.assert_array_equal(order[draw(round)], want)
+
+
 # --- errors ------------------------------------------------------------------
 
 
@@ -305,6 +332,7 @@ def test_cohorts_differ_between_rounds():
         (ValueError, "every", {"every": 0}),
         (ValueError, "cohort_size", {"cohort_size": 0}),
         (ValueError, "cohort_size", {"cohort_size": 8}),
+        (ValueError, "cohort_size", {"cohort_size": Cyclic(8)}),
         (ValueError, "weight", {"weight": np.ones(3)}),
         (ValueError, "checkpoint_every", {"every": 2, "checkpoint_every": 3}),
         (ValueError, "checkpoint_every", {"checkpoint_every": 0}),
@@ -402,10 +430,11 @@ def test_what_a_killed_process_left_is_not_used(tmp_path):
     [
         ("key", {"seed": 1}),
         ("cohort_size", {"cohort_size": 2}),
+        ("cohort_size", {"cohort_size": Cyclic(3)}),
         ("weight", {"weight": np.arange(toy.N)}),
         ("every", {"every": 2}),
     ],
-    ids=["key", "cohort_size", "weight", "every"],
+    ids=["key", "cohort_size", "cyclic", "weight", "every"],
 )
 def test_another_run_is_not_gone_on_with(tmp_path, word, options):
     run(2, checkpoint=tmp_path)

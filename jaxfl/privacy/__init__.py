@@ -9,7 +9,13 @@ user nor accountant need know it:
 """
 
 from jaxfl.privacy.clip import adaptive_clip, clip, clip_layers
-from jaxfl.privacy.mechanism import Gaussian, Laplace, Local, noise_left
+from jaxfl.privacy.correlated import (
+    correlated_event,
+    correlated_gaussian,
+    participation_sensitivity,
+    tree_aggregation,
+)
+from jaxfl.privacy.mechanism import Correlated, Gaussian, Laplace, Local, noise_left
 from jaxfl.privacy.noise import gaussian, laplace, local_gaussian, local_laplace
 
 __all__ = [
@@ -20,7 +26,12 @@ __all__ = [
     "laplace",
     "local_gaussian",
     "local_laplace",
+    "correlated_gaussian",
+    "tree_aggregation",
+    "participation_sensitivity",
+    "correlated_event",
     "noise_left",
+    "Correlated",
     "Gaussian",
     "Laplace",
     "Local",
