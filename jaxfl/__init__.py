@@ -48,7 +48,8 @@ from jaxfl.mesh import client_mesh
 from jaxfl.plan import cores_as_devices, dry_run, tune
 from jaxfl.privacy.clip import clip
 from jaxfl.round import federate, map_clients
-from jaxfl.simulate import Cyclic, sample_cohort, scan_rounds, simulate
+from jaxfl.sampling import Cyclic, Poisson, sample_cohort
+from jaxfl.simulate import scan_rounds, simulate
 from jaxfl.stream import on_host
 
 __version__ = version("jaxfl")
@@ -111,6 +112,7 @@ __all__ = [
     "on_host",
     "scan_rounds",
     "sample_cohort",
+    "Poisson",
     "Cyclic",
     "History",
     "history",

@@ -22,6 +22,7 @@ from jaxfl.core import (
     PyTree,
     pass_on,
     send_on,
+    steady,
     unbounded,
     unchanged,
 )
@@ -488,4 +489,4 @@ def at_server(transform: optax.GradientTransformation) -> Channel:
     def decode(ctx, payload, server_state, report):
         return transform.update(payload, server_state)
 
-    return Channel(init, decode=decode, bound=unchanged)
+    return Channel(init, decode=decode, bound=unchanged, sensitivity=steady)

@@ -44,6 +44,12 @@ def unbounded(bound: Bound) -> Bound:
     return Bound()
 
 
+def steady(bound: Bound) -> Bound:
+    """Nothing is known of what comes out, but that it stays if what goes in does."""
+    still = isinstance(bound.l2, int | float) and bound.l2 == 0
+    return bound if still else Bound()
+
+
 class Context(NamedTuple):
     """What every part may know about the round that it is in.
 
@@ -210,7 +216,8 @@ class Channel(NamedTuple):
       bound: `Bound -> Bound`, of what encode makes of a message within a bound. That
         nothing is known, the default, is always true.
       sensitivity: `Bound -> Bound`, how far one client moves what decode returns, if
-        it moves what decode is given within a bound.
+        it moves the payload that decode is given within a bound; of 0 only where decode
+        heeds no report.
       mechanism: what an accountant must know of the noise that this channel adds, if it
         adds any: `(bound, sensitivity) -> Mechanism`, of the message that comes in and
         of the aggregate that noise is added to; a ValueError where it needs a bound and

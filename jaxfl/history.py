@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxfl.core import Info
+from jaxfl.mesh import NOBODY
 
 Columns = dict[str, np.ndarray]
 
@@ -55,12 +56,13 @@ class History:
     def client_table(self) -> Columns:
         """One row a client and round: who, what was sent, and every single metric."""
         rounds, k = self.clients.client.shape
-        columns = {"round": np.repeat(np.arange(1, rounds + 1), k)}
+        somebody = self.clients.client.reshape(-1) != NOBODY
+        columns = {"round": np.repeat(np.arange(1, rounds + 1), k)[somebody]}
         metrics = self.clients.metrics
         named = self.clients._asdict() | (metrics if isinstance(metrics, dict) else {})
         for name, values in named.items():
             if isinstance(values, np.ndarray) and values.ndim == 2:
-                columns[name] = values.reshape(-1)
+                columns[name] = values.reshape(-1)[somebody]
         return columns
 
 

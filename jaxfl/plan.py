@@ -24,7 +24,7 @@ from jaxfl.round import (
     message_shapes,
     population_size,
 )
-from jaxfl.simulate import Cyclic, checked_cohort_size, sample_cohort
+from jaxfl.sampling import Cyclic, Poisson, cohort_rows, expected_size, sample_cohort
 from jaxfl.stream import OnHost, population_of
 
 # Floating-point operations of one local step, below which a CPU spends its time
@@ -82,7 +82,7 @@ def dry_run(
     params: Params,
     data: Data | OnHost,
     *,
-    cohort_size: int | Cyclic | None = None,
+    cohort_size: int | Poisson | Cyclic | None = None,
 ) -> Estimate:
     """What a round would cost: compiled, and not run.
 
@@ -90,7 +90,7 @@ def dry_run(
       federation: the composed round.
       params: the model, or its `jax.ShapeDtypeStruct`s.
       data: the population's; one `on_host` counts as if it were on the device.
-      cohort_size: K; None for everyone.
+      cohort_size: K, or `Poisson(...)` or `Cyclic(K)`; None for everyone.
 
     Returns:
       An `Estimate`; print it.
@@ -109,9 +109,10 @@ def dry_run(
     (192.0, 192.0, 0.67)
     """
     data = population_of(data)
-    k = checked_cohort_size(cohort_size, population_size(data))
+    k = cohort_rows(cohort_size, population_size(data))
     mesh = federation.mesh
     devices = 1 if mesh is None else mesh.size
+    asked = expected_size(cohort_size, population_size(data))
     abstract = _abstract(params), _abstract(data)
     server, own = jax.eval_shape(federation.parts[0].init, abstract[0])
     broadcast, payload = message_shapes(federation.parts[0], server, own, abstract[1])
@@ -119,8 +120,8 @@ def dry_run(
         chunk_size=federation.chunk_size,
         devices=devices,
         flops=_flops(_round(federation, params, data, k)),
-        bits_down=float(k * tree.num_bits(broadcast)),
-        bits_up=float(k * tree.num_bits(payload)),
+        bits_down=float(asked * tree.num_bits(broadcast)),
+        bits_up=float(asked * tree.num_bits(payload)),
         peak_bytes=_peak_bytes(federation, params, data, k),
         utilisation=utilisation(
             _typical_sizes(data, k), federation.chunk_size, devices
@@ -133,7 +134,7 @@ def tune(
     params: Params,
     data: Data | OnHost,
     *,
-    cohort_size: int | Cyclic | None = None,
+    cohort_size: int | Poisson | Cyclic | None = None,
     verbose: bool = True,
 ) -> Federation:
     """The same federation under the plan that suits this machine.
@@ -151,7 +152,7 @@ def tune(
       federation: as from `federate`; its own plan is left aside.
       params: the model, or its `jax.ShapeDtypeStruct`s.
       data: the population's; one `on_host` counts as if it were on the device.
-      cohort_size: K; None for everyone.
+      cohort_size: K, or `Poisson(...)` or `Cyclic(K)`; None for everyone.
       verbose: whether to print the plan, and why it was chosen.
 
     Returns:
@@ -170,7 +171,7 @@ def tune(
     10
     """
     data = population_of(data)
-    k = checked_cohort_size(cohort_size, population_size(data))
+    k = cohort_rows(cohort_size, population_size(data))
     devices = jax.devices()[:k]  # more would have no client
     mesh = client_mesh(devices) if len(devices) > 1 else None
     if jax.default_backend() == "cpu":

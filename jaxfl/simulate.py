@@ -9,7 +9,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxfl.core import Cohort, Data, Federation, Info, Params, State
-from jaxfl.data.federated import ClientData
 from jaxfl.history import History, concatenate
-from jaxfl.mesh import AXIS, are_spread
-from jaxfl.round import population_size, select_clients
+from jaxfl.mesh import AXIS, NOBODY, are_spread
+from jaxfl.round import population_size
+from jaxfl.sampling import (
+    Cyclic,
+    Poisson,
+    cohort_of,
+    cohort_rows,
+    draws_of_run,
+    sample_cohort,
+    without_padding,
+)
 from jaxfl.stream import (
     HostStates,
     OnHost,
@@ -35,128 +43,6 @@ PyTree = Any
 Evaluate = Callable[[State], dict[str, jax.Array]]
 
 
-class Cyclic(NamedTuple):
-    """Cohorts of K in turn, in one random order of all clients.
-
-    Round t takes the places `t K, ..., t K + K - 1` of that order, modulo N. All take
-    part equally often, with at least N // K rounds from one time to the next.
-
-    Attributes:
-      size: K.
-    """
-
-    size: int
-
-
-def sample_cohort(
-    key: jax.Array, data: Data, size: int | None = None, weight: PyTree = None
-) -> Cohort:
-    """A cohort drawn uniformly without replacement, on the device.
-
-    Args:
-      key: random key.
-      data: the population's, `[N, ...]`.
-      size: K; None for everyone.
-      weight: float32 `[N]`, of each client's message; its number of examples by
-        default, or 1 where data is no `ClientData`.
-
-    Returns:
-      A cohort in which all are alive.
-
-    Raises:
-      ValueError: if size is not between 1 and N, or weight does not have length N.
-
-    >>> from jaxfl import from_arrays
-    >>> data = from_arrays(jnp.zeros(9), jnp.zeros(9), [0, 0, 1, 2, 2, 2, 3, 3, 3])
-    >>> cohort = sample_cohort(jax.random.key(0), data, size=2)
-    >>> sizes = jnp.array([2, 1, 3, 3])
-    >>> bool((cohort.weight == sizes[cohort.client]).all())
-    True
-    """
-    n = population_size(data)
-    size = checked_cohort_size(size, n)
-    if size == n:
-        weight = _weights(data, weight)
-        return Cohort(jnp.arange(n, dtype=jnp.int32), data, weight, jnp.ones(n, bool))
-    return _cohort_of(draw_clients(key, n, size), data, weight)
-
-
-def _cohort_of(client: jax.Array, data: Data, weight: PyTree) -> Cohort:
-    alive = jnp.ones(client.shape, bool)
-    weight = _weights(data, weight)[client]
-    return Cohort(client, select_clients(data, client), weight, alive)
-
-
-def _weights(data: Data, weight: PyTree) -> jax.Array:
-    n = population_size(data)
-    if weight is None:
-        weight = data.size if isinstance(data, ClientData) else jnp.ones(n)
-    if jnp.shape(weight) != (n,):
-        raise ValueError(f"weight must have shape ({n},), got {jnp.shape(weight)}.")
-    return jnp.asarray(weight, jnp.float32)
-
-
-def _draw(key: jax.Array, n: int, cohort_size: int | Cyclic) -> Callable:
-    """`round -> ids [K]`, the clients of each round of a run."""
-    if not isinstance(cohort_size, Cyclic):
-        return lambda round: draw_clients(
-            jax.random.fold_in(key, round), n, cohort_size
-        )
-    order = jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))
-    k, cycle = cohort_size.size, n // cohort_size.size
-
-    def in_turn(round):  # t K modulo N, of numbers that are not as large as t K
-        place = round % cycle * k - round // cycle * (n % k)
-        return order[(place + jnp.arange(k)) % n]
-
-    return in_turn
-
-
-def checked_cohort_size(cohort_size: int | Cyclic | None, n: int) -> int:
-    """K, which is N if it is not given; a ValueError unless it is from 1 to N."""
-    if cohort_size is None:
-        return n
-    if isinstance(cohort_size, Cyclic):
-        return checked_cohort_size(cohort_size.size, n)
-    if not 1 <= cohort_size <= n:
-        raise ValueError(f"cohort_size must be between 1 and {n}, got {cohort_size}.")
-    return cohort_size
-
-
-def draw_clients(key: jax.Array, n: int, size: int) -> jax.Array:
-    """Ids of `size` of n clients, int32, uniform without replacement."""
-    if n < 10_000 or 8 * size > n:
-        everyone = jnp.arange(n, dtype=jnp.int32)
-        return jax.random.choice(key, everyone, (size,), replace=False)
-    return _draw_few(key, n, size)  # does not shuffle all n, as `choice` does
-
-
-def _draw_few(key: jax.Array, n: int, size: int) -> jax.Array:
-    """Draws with replacement, and again whoever was drawn before, until nobody was.
-
-    Only whether two ids are equal matters to it. It would hence do the same under any
-    renaming of the clients, so that all ordered cohorts are as likely.
-    """
-
-    def repeated(client):
-        order = jnp.argsort(client, stable=True)
-        ranked = client[order]
-        again = jnp.concatenate([jnp.zeros(1, bool), ranked[1:] == ranked[:-1]])
-        return jnp.zeros(size, bool).at[order].set(again)
-
-    def draw_again(carry):
-        key, client, again = carry
-        key, draw_key = jax.random.split(key)
-        drawn = jax.random.randint(draw_key, (size,), 0, n, jnp.int32)
-        client = jnp.where(again, drawn, client)
-        return key, client, repeated(client)
-
-    nobody = jnp.zeros(size, jnp.int32), jnp.ones(size, bool)
-    return jax.lax.while_loop(
-        lambda carry: jnp.any(carry[2]), draw_again, (key, *nobody)
-    )[1]
-
-
 def scan_rounds(
     federation: Federation,
     state: State,
@@ -164,7 +50,7 @@ def scan_rounds(
     *,
     rounds: int,
     key: jax.Array,
-    cohort_size: int | Cyclic | None = None,
+    cohort_size: int | Poisson | Cyclic | None = None,
     weight: jax.Array | None = None,
     evaluate: Evaluate | None = None,
     every: int = 1,
@@ -181,8 +67,8 @@ def scan_rounds(
       data: the population's.
       rounds: R.
       key: of the run.
-      cohort_size: K, clients drawn uniformly for each round; None for everyone;
-        `Cyclic(K)` for cohorts in turn.
+      cohort_size: K, clients drawn uniformly for each round; or `Poisson(...)`, or
+        `Cyclic(K)`; None for everyone.
       weight: float32 `[N]`, see `sample_cohort`.
       evaluate: `state -> {name: array}`, or None.
       every: rounds between evaluations; must divide `rounds`.
@@ -215,16 +101,17 @@ def scan_rounds(
     if every < 1 or rounds < 1 or rounds % every:
         raise ValueError(f"every must divide rounds, got {every=} and {rounds=}.")
     sample_key, run_key = jax.random.split(key)
+
     n = population_size(data)
-    if checked_cohort_size(cohort_size, n) == n:
-        cohort_size = None  # whose data stay where they are
-    draw = cohort_size and _draw(sample_key, n, cohort_size)
+    cohort_rows(cohort_size, n)
+    everyone = cohort_size is None or cohort_size == n  # whose data stay where they are
+    draw = None if everyone else draws_of_run(sample_key, n, cohort_size)
 
     def one_round(state, _):
         if draw is None:
             cohort = sample_cohort(sample_key, data, weight=weight)
         else:
-            cohort = _cohort_of(draw(state.round), data, weight)
+            cohort = cohort_of(draw(state.round), data, weight)
         return federation.round(run_key, state, cohort)
 
     def segment(state, _):
@@ -307,7 +194,7 @@ def simulate(
     *,
     rounds: int,
     key: jax.Array,
-    cohort_size: int | Cyclic | None = None,
+    cohort_size: int | Poisson | Cyclic | None = None,
     weight: jax.Array | np.ndarray | None = None,
     evaluate: Evaluate | None = None,
     every: int = 1,
@@ -339,8 +226,9 @@ def simulate(
         put on the device; or `on_host(...)`, of which the device sees cohorts only.
       rounds: how many rounds in all, those before a checkpoint included.
       key: random key, `jax.random.key(seed)`.
-      cohort_size: K, clients drawn uniformly without replacement for each round; None
-        for everyone; `Cyclic(K)` for cohorts in turn.
+      cohort_size: K, clients drawn uniformly without replacement for each round; or
+        `Poisson(expected)`, where each takes part for itself; or `Cyclic(K)`, in turn;
+        None for everyone.
       weight: `[N]`, the weights of clients; their numbers of examples by default.
       evaluate: `state -> {name: array}` after every segment, on the device; see
         `evaluate.on_server`.
@@ -390,7 +278,7 @@ def simulate(
         evaluate = jax.tree_util.Partial(evaluate)
     sample_key = jax.random.split(key)[0]  # on this process's own device
     params, weight, key, evaluate = _place((params, weight, key, evaluate), federation)
-    size = None if checked_cohort_size(cohort_size, n) == n else cohort_size
+    size = None if cohort_size == n else cohort_size
     if isinstance(data, OnHost):
         state, feed, segment, piece_like = _from_host(
             federation, params, data, weight, evaluate, key, sample_key, size
@@ -411,9 +299,11 @@ def simulate(
                 "weight": digest(weight),
                 "data": digest(given, most=2**20),
                 "population": n,
-                "cohort_size": repr(cohort_size)
-                if isinstance(cohort_size, Cyclic)
-                else cohort_size,
+                "cohort_size": (
+                    repr(cohort_size)
+                    if isinstance(cohort_size, Poisson | Cyclic)
+                    else cohort_size
+                ),
                 "every": every,
             }
             folder = stack.enter_context(
@@ -519,13 +409,16 @@ def _from_host(federation, params, host, weight, evaluate, key, sample_key, size
         if size is None:
             client = np.tile(np.arange(n, dtype=np.int32), (rounds, 1))
         else:
-            client = np.asarray(_draws(sample_key, first, rounds=rounds, n=n, k=size))
+            draws = _draws(sample_key, first, rounds=rounds, n=n, size=size)
+            client = np.asarray(draws)
+        somebody, alive = without_padding(client)
         once = row = None
         if states is not None:
-            once, row = np.unique(client, return_inverse=True)
+            once, row = np.unique(somebody, return_inverse=True)
             row = row.reshape(client.shape).astype(np.int32)
-        alive = np.ones(client.shape, bool)
-        cohort = client, gather(data, client), weight[client], alive, row
+            row = np.where(alive, row, np.int32(NOBODY))
+        its_weight = np.where(alive, weight[somebody], np.float32(0))
+        cohort = client, gather(data, somebody), its_weight, alive, row
         return Cohort(*_place_anywhere(cohort, federation)), once
 
     def lend(state, cohorts, once):
@@ -556,10 +449,10 @@ def _from_host(federation, params, host, weight, evaluate, key, sample_key, size
     return state, functools.partial(prefetch, cohorts), segment, piece_like
 
 
-@functools.partial(jax.jit, static_argnames=("rounds", "n", "k"))
-def _draws(key, first, *, rounds, n, k):
+@functools.partial(jax.jit, static_argnames=("rounds", "n", "size"))
+def _draws(key, first, *, rounds, n, size):
     """The ids of the cohorts of these rounds, as `scan_rounds` draws them."""
-    return jax.lax.map(_draw(key, n, k), first + jnp.arange(rounds))
+    return jax.lax.map(draws_of_run(key, n, size), first + jnp.arange(rounds))
 
 
 def _host_device() -> Any:
@@ -608,7 +501,7 @@ def _check_arguments(n, rounds, key, cohort_size, weight, every, checkpoint_ever
     for name, value in (("rounds", rounds), ("every", every)):
         if not isinstance(value, numbers.Integral) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    checked_cohort_size(cohort_size, n)
+    cohort_rows(cohort_size, n)
     if weight is not None:
         if np.shape(weight) != (n,):
             raise ValueError(f"weight must have shape ({n},), got {np.shape(weight)}.")

@@ -2,7 +2,6 @@
 
 import functools
 
-import dp_accounting
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,16 +18,14 @@ from jax_privacy.matrix_factorization import (
 )
 
 import jaxfl
-from jaxfl import chain, clip, mean
+from jaxfl import Cyclic, Poisson, accounting, chain, clip, mean
 from jaxfl.core import Bound
 from jaxfl.privacy import (
-    Correlated,
-    correlated_event,
     correlated_gaussian,
+    gaussian,
     participation_sensitivity,
     tree_aggregation,
 )
-from jaxfl.simulate import Cyclic
 
 ROUNDS = 12
 BANDED = banded.ColumnNormalizedBanded.default(ROUNDS, 3)
@@ -284,24 +281,47 @@ def test_a_tree_has_rounds(wrong):
 # ----------------------------------------------------------------------- accounting
 
 
-def test_a_run_is_one_gaussian_mechanism():
-    mechanism = Correlated(2.0, rounds=12, min_separation=3, max_participations=4)
-    event = correlated_event(
-        mechanism, population=11, cohort_size=Cyclic(3), rounds=12
+def epsilon(name="banded", multiplier=2.0, most=None, **change):
+    noise = correlated_gaussian(
+        *(multiplier, MATRICES[name]),
+        rounds=ROUNDS,
+        min_separation=3,
+        max_participations=most,
     )
-    assert event == dp_accounting.GaussianDpEvent(2.0)
+    how = {"population": 11, "cohort": Cyclic(3), "rounds": ROUNDS, "delta": 1e-5}
+    return accounting.epsilon(
+        chain(clip(0.3), mean(denominator=3.0), noise), **(how | change)
+    )
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_a_run_is_one_gaussian_mechanism(name):
+    """By the delta of the Gaussian mechanism, Balle and Wang 2018, theorem 8."""
+    spent, phi, z = epsilon(name, 2.0), scipy.stats.norm.cdf, 2.0
+    delta = phi(0.5 / z - z * spent) - np.exp(spent) * phi(-0.5 / z - z * spent)
+    assert delta == pytest.approx(1e-5, rel=1e-2)
+
+
+def test_independent_noise_is_as_private_as_it_is_without_correlations():
+    """A client has 4 turns, 3 rounds apart: what `gaussian` adds is sens(C) as much."""
+    independent = chain(clip(0.3), mean(denominator=3.0), gaussian(2.0 * np.sqrt(4)))
+    want = accounting.epsilon(
+        independent, population=11, cohort=Cyclic(3), rounds=ROUNDS, delta=1e-5
+    )
+    assert epsilon("independent", 2.0) == pytest.approx(want, rel=1e-3)
 
 
 @pytest.mark.parametrize(
     "word, change",
     [
         ("rounds", {"rounds": 13}),
-        ("cohort_size", {"cohort_size": Cyclic(4)}),
-        ("cohort_size", {"cohort_size": 3}),
-        ("cohort_size", {"population": 8}),
+        ("3 rounds apart; .* for 3 times", {"most": 3}),
+        ("2 rounds apart", {"cohort": Cyclic(4)}),
+        ("1 rounds apart", {"cohort": 3}),
+        ("1 rounds apart", {"cohort": Poisson(3)}),
+        ("2 rounds apart", {"population": 8}),
     ],
 )
 def test_another_pattern_is_not_accounted_for(word, change):
-    arguments = {"population": 11, "cohort_size": Cyclic(3), "rounds": 12}
     with pytest.raises(ValueError, match=word):
-        correlated_event(Correlated(2.0, 12, 3, 4), **(arguments | change))
+        epsilon(**change)

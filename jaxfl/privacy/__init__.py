@@ -10,12 +10,18 @@ user nor accountant need know it:
 
 from jaxfl.privacy.clip import adaptive_clip, clip, clip_layers
 from jaxfl.privacy.correlated import (
-    correlated_event,
     correlated_gaussian,
     participation_sensitivity,
     tree_aggregation,
 )
-from jaxfl.privacy.mechanism import Correlated, Gaussian, Laplace, Local, noise_left
+from jaxfl.privacy.mechanism import (
+    Correlated,
+    Gaussian,
+    Laplace,
+    Local,
+    Reported,
+    noise_left,
+)
 from jaxfl.privacy.noise import gaussian, laplace, local_gaussian, local_laplace
 
 __all__ = [
@@ -29,10 +35,10 @@ __all__ = [
     "correlated_gaussian",
     "tree_aggregation",
     "participation_sensitivity",
-    "correlated_event",
     "noise_left",
     "Correlated",
     "Gaussian",
     "Laplace",
     "Local",
+    "Reported",
 ]

@@ -8,7 +8,7 @@ import optax
 
 from jaxfl import tree
 from jaxfl.core import Bound, Channel, unchanged
-from jaxfl.privacy.mechanism import Gaussian
+from jaxfl.privacy.mechanism import Gaussian, Reported
 
 
 def clip(norm: float, *, ord: int = 2) -> Channel:
@@ -178,7 +178,7 @@ def adaptive_clip(
     return Channel(
         *(init, encode, decode),
         bound=lambda bound: Bound(1.0, math.inf),
-        mechanism=lambda bound, sensitivity: Gaussian(2 * count_std),
+        mechanism=lambda bound, sensitivity: Reported(Gaussian(2 * count_std)),
     )
 
 

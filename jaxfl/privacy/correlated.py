@@ -10,7 +10,7 @@ is asked for.
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -100,9 +100,7 @@ def correlated_gaussian(
     def decode(ctx, payload, state, report):
         bound = ctx.bound or Bound()
         NORMAL.require("correlated_gaussian", bound)
-        draws = optax.tree.random_like(
-            ctx.key, payload, jax.random.normal, jnp.float32
-        )
+        draws = optax.tree.random_like(ctx.key, payload, jax.random.normal, jnp.float32)
         noise, state = noising_matrix.multiply_next(draws, state)
         size = jnp.where(ctx.round < rounds, scale * bound.l2, jnp.nan)
         payload = jax.tree.map(
@@ -193,9 +191,9 @@ def tree_aggregation(
     Raises:
       ValueError: if rounds or restart is not positive.
 
-    >>> plain = tree_aggregation(4, efficient=False)
-    >>> jnp.cumsum(plain.materialize(4), 0).tolist()  # rounds 1, 1-2, 1-2 and 3, 1-4
-    [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
+    >>> plain = tree_aggregation(4, efficient=False).materialize(4)
+    >>> jnp.cumsum(plain, 0).astype(int).tolist()  # rounds 1, 1-2, 1-2 and 3, 1-4
+    [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
 
     Reference: Kairouz et al. 2021, arXiv:2103.00039, algorithm 1 and appendix B;
     Honaker 2015, "Efficient use of differentially private binary trees".
@@ -255,48 +253,3 @@ def _of_last_node(levels: int, efficient: bool) -> tuple[np.ndarray, np.ndarray]
             share *= 1 - own
         fresh[top] = math.sqrt(squares)
     return fresh.astype(np.float32), kept.astype(np.float32)
-
-
-def correlated_event(
-    mechanism: Correlated, *, population: int, cohort_size: Any, rounds: int
-) -> Any:
-    """A whole run with correlated noise, as an event of dp_accounting.
-
-    Args:
-      mechanism: what `correlated_gaussian` says of itself.
-      population: N.
-      cohort_size: of the run, a `Cyclic`: nothing else keeps participations apart.
-      rounds: of the run.
-
-    Returns:
-      A `GaussianDpEvent`, for all rounds together.
-
-    Raises:
-      ValueError: if a client takes part more often than the noise was made for.
-
-    >>> from jaxfl.simulate import Cyclic
-    >>> mechanism = Correlated(2.0, rounds=60, min_separation=20)
-    >>> correlated_event(
-    ...     mechanism, population=100, cohort_size=Cyclic(5), rounds=60)
-    GaussianDpEvent(noise_multiplier=2.0)
-    """
-    import dp_accounting
-
-    from jaxfl.simulate import Cyclic
-
-    if rounds > mechanism.rounds:
-        raise ValueError(
-            f"rounds: the noise was made for {mechanism.rounds}, not {rounds}."
-        )
-    size = cohort_size.size if isinstance(cohort_size, Cyclic) else None
-    separation = 1 if size is None else population // size
-    often = rounds if size is None else -(-rounds * size // population)
-    limit = mechanism.max_participations
-    if separation < mechanism.min_separation or (limit is not None and often > limit):
-        raise ValueError(
-            f"cohort_size: with {cohort_size!r} of {population} clients one may take "
-            f"part {often} times, {separation} rounds apart, and the noise was made "
-            f"for {limit or 'any number'} and {mechanism.min_separation}; Cyclic(K) "
-            "keeps N // K apart."
-        )
-    return dp_accounting.GaussianDpEvent(mechanism.noise_multiplier)

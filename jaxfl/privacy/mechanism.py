@@ -26,6 +26,16 @@ class Laplace(NamedTuple):
     noise_multiplier: float | Any
 
 
+class Reported(NamedTuple):
+    """Noise at the server on what clients report beside their payloads, not on these.
+
+    Attributes:
+      noise: its distribution.
+    """
+
+    noise: Gaussian | Laplace
+
+
 class Local(NamedTuple):
     """Noise that every client adds to its own message, of norm at most 1.
 
