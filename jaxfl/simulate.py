@@ -104,8 +104,10 @@ def scan_rounds(
 
     n = population_size(data)
     cohort_rows(cohort_size, n)
-    everyone = cohort_size is None or cohort_size == n  # whose data stay where they are
-    draw = None if everyone else draws_of_run(sample_key, n, cohort_size)
+    if cohort_size is None or cohort_size == n:
+        draw = None  # everyone, whose data stay where they are
+    else:
+        draw = draws_of_run(sample_key, n, cohort_size)
 
     def one_round(state, _):
         if draw is None:

@@ -10,7 +10,7 @@ is asked for.
 
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -94,13 +94,15 @@ def correlated_gaussian(
 
     def init(payload):
         tree.require_floats(payload, "correlated_gaussian")
-        payload = optax.tree.cast(payload, jnp.float32)
-        return noising_matrix.init_multiply(payload), ()
+        zeros: Any = optax.tree.cast(payload, jnp.float32)
+        return noising_matrix.init_multiply(zeros), ()
 
     def decode(ctx, payload, state, report):
         bound = ctx.bound or Bound()
         NORMAL.require("correlated_gaussian", bound)
-        draws = optax.tree.random_like(ctx.key, payload, jax.random.normal, jnp.float32)
+        draws: Any = optax.tree.random_like(
+            ctx.key, payload, jax.random.normal, jnp.float32
+        )
         noise, state = noising_matrix.multiply_next(draws, state)
         size = jnp.where(ctx.round < rounds, scale * bound.l2, jnp.nan)
         payload = jax.tree.map(
@@ -113,7 +115,7 @@ def correlated_gaussian(
         return Correlated(noise_multiplier, rounds, min_separation, max_participations)
 
     return Channel(
-        *(init,),
+        init,
         decode=decode,
         bound=unchanged,
         sensitivity=unchanged,
