@@ -249,7 +249,9 @@ def test_error_feedback(tmp_path):
 
 
 def test_dp_ftrl2021(tmp_path):
-    summary, rows, printed = results(tmp_path, "dp_ftrl2021", "--epsilons", "2")
+    summary, rows, printed = results(
+        *(tmp_path, "dp_ftrl2021", "--epsilons", "2", "--passes", "2"),
+    )
     accuracy = {name: by["2"] for name, by in summary["accuracy"].items()}
     assert list(accuracy) == [
         *("independent", "independent, amplified"),
