@@ -49,7 +49,7 @@ from jaxfl.mesh import client_mesh
 from jaxfl.plan import cores_as_devices, dry_run, tune
 from jaxfl.privacy.clip import clip
 from jaxfl.round import federate, map_clients
-from jaxfl.sampling import Poisson, sample_cohort
+from jaxfl.sampling import Cyclic, Poisson, sample_cohort
 from jaxfl.simulate import scan_rounds, simulate
 from jaxfl.stream import on_host
 
@@ -115,6 +115,7 @@ __all__ = [
     "scan_rounds",
     "sample_cohort",
     "Poisson",
+    "Cyclic",
     "History",
     "history",
     # what is looked at

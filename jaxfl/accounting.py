@@ -18,6 +18,7 @@ from jaxfl.channel import mechanisms
 from jaxfl.core import Bound, Channel, Federation, pass_on
 from jaxfl.history import History
 from jaxfl.privacy.mechanism import (
+    Correlated,
     DiscreteGaussian,
     Distributed,
     Gaussian,
@@ -29,7 +30,7 @@ from jaxfl.privacy.mechanism import (
     discrete_gaussian_rdp,
     skellam_rdp,
 )
-from jaxfl.sampling import Poisson, cohort_rows
+from jaxfl.sampling import Cyclic, Poisson, cohort_rows
 
 # Made with the keyword `neighboring_relation`, as those of dp_accounting are.
 Accountant = Callable[..., dp.PrivacyAccountant]
@@ -58,7 +59,7 @@ def epsilon(
     private: Federation | Channel,
     *,
     population: int,
-    cohort: int | Poisson | None,
+    cohort: int | Poisson | Cyclic | None,
     rounds: int,
     delta: float,
     accountant: Accountant | None = None,
@@ -73,6 +74,8 @@ def epsilon(
         the `(1 + e^epsilon) rounds overflow` of cohorts with more clients than rows.
       - K, without replacement: amplified; one client is replaced by another, which
         moves a sum twice as far, so that the noise counts half (Wang et al. 2019).
+      - `Cyclic(K)`: not amplified; one client is added or removed, or silent in its
+        turn, which comes `rounds K / N` times, rounded up.
       - None, for everyone: not amplified; one client is added or removed. Also for
         cohorts that are made in any other way that does not look at data, such as
         shuffled ones: D' then has a client that stays silent in its turn (zero-out,
@@ -85,6 +88,9 @@ def epsilon(
     part in all `rounds`. The same holds of distributed noise, which is accounted for by
     the Renyi divergences of its papers, if as many clients send in each round as share
     in it.
+
+    Noise that is correlated over rounds is one Gaussian mechanism for all of them, and
+    amplified by nothing; a run must keep the pattern that it was made for.
 
     Who was in a cohort, and the rest of a `History`, is not private.
 
@@ -133,7 +139,7 @@ def calibrate(
     target: float,
     *,
     population: int,
-    cohort: int | Poisson | None,
+    cohort: int | Poisson | Cyclic | None,
     rounds: int,
     delta: float,
     accountant: Accountant | None = None,
@@ -192,7 +198,7 @@ def ledger(
     private: Federation | Channel,
     *,
     population: int,
-    cohort: int | Poisson | None,
+    cohort: int | Poisson | Cyclic | None,
     delta: float,
     accountant: Accountant | None = None,
 ) -> History:
@@ -233,14 +239,23 @@ class _Release(NamedTuple):
 
 
 def _epsilon(private, population, cohort, rounds, delta, accountant) -> float:
-    # A mechanism whose noise depends on that of other rounds, such as a matrix
-    # mechanism, is one release of the whole run: its event is made here instead.
-    releases = _releases(_noise_of(private), population, cohort)
+    found = _noise_of(private)
+    if isinstance(found[0], Distributed):
+        return _of_distributed(found, rounds, delta)
+    if any(isinstance(noise, Correlated) for noise in found):
+        # One release of the whole run, as its noise depends on that of other rounds.
+        releases, rounds = [_whole_run(found, population, cohort, rounds)], 1
+    else:
+        releases = _releases(found, population, cohort)
+        if isinstance(cohort, Cyclic) and not isinstance(found[0], Local):
+            rounds = _turns(cohort, population, rounds)
     return min(_spent(release, rounds, delta, accountant) for release in releases)
 
 
 def _spent(release: _Release, rounds: int, delta: float, accountant) -> float:
-    if accountant is None:
+    if isinstance(release.event, dp.RandomizedResponseDpEvent):
+        accountant = RdpAccountant  # dp_accounting 0.6's PLD counts one answer of many
+    elif accountant is None:
         replaced = release.relation is REPLACE
         accountant = RdpAccountant if replaced else PLDAccountant
     count = accountant(neighboring_relation=release.relation)
@@ -272,8 +287,8 @@ def _of_distributed(found: list, rounds: int, delta: float) -> float:
         raise ValueError("private: noise of clients together must be its only noise.")
     divergences = {Skellam: skellam_rdp, DiscreteGaussian: discrete_gaussian_rdp}
     noise, orders = found[0].noise, range(2, 513)
-    rdp = np.array(divergences[type(noise)](noise, orders))
-    return float(compute_epsilon(orders, rounds * rdp, delta)[0])
+    rdp = [rounds * x for x in divergences[type(noise)](noise, orders)]
+    return float(compute_epsilon(orders, rdp, delta)[0])
 
 
 def _noise_of(private: Federation | Channel) -> list:
@@ -318,12 +333,17 @@ def _require_deaf(channel: Channel, found: list) -> None:
             )
 
 
-def _releases(found, population: int, cohort: int | Poisson | None) -> list[_Release]:
+def _releases(
+    found: list, population: int, cohort: int | Poisson | Cyclic | None
+) -> list[_Release]:
     """Of one round, as it may be seen; each gives a bound."""
     if isinstance(found[0], Local):
-        return [_Release(_together([mechanism.noise for mechanism in found], moved=2))]
+        noises = [mechanism.noise for mechanism in found]
+        if isinstance(noises[0], RandomisedResponse):
+            return [_Release(_responses(noises), REPLACE)]
+        return [_Release(_together(noises, moved=2))]
     event = _together(found, moved=1)
-    if cohort is None or cohort == population:
+    if cohort is None or cohort == population or isinstance(cohort, Cyclic):
         return [_Release(event)]
     if isinstance(cohort, Poisson):
         sampled = dp.PoissonSampledDpEvent(cohort.rate(population), event)
@@ -333,6 +353,36 @@ def _releases(found, population: int, cohort: int | Poisson | None) -> list[_Rel
     sampled = dp.SampledWithoutReplacementDpEvent(population, size, event)
     # Of nearly all clients the bound is worse than if it were shown who was drawn.
     return [_Release(sampled, REPLACE), _Release(event, REPLACE)]
+
+
+def _turns(cohort: Cyclic, population: int, rounds: int) -> int:
+    """How often one client takes part, at most."""
+    return -(-rounds * cohort_rows(cohort, population) // population)
+
+
+def _whole_run(found: list, population: int, cohort, rounds: int) -> _Release:
+    """Of noise that is correlated over rounds, if the run keeps to its pattern."""
+    noise, *others = found
+    if others:
+        raise ValueError(
+            f"private: correlated noise is accounted for alone, not beside {others}."
+        )
+    if rounds > noise.rounds:
+        raise ValueError(
+            f"rounds: the noise was made for {noise.rounds}, got {rounds}."
+        )
+    separation, turns, most = 1, rounds, noise.max_participations
+    if isinstance(cohort, Cyclic):
+        turns = _turns(cohort, population, rounds)
+        separation = population // cohort.size
+    if separation < noise.min_separation or (most is not None and turns > most):
+        raise ValueError(
+            f"cohort: with {cohort!r} of {population} clients one may take part "
+            f"{turns} times, {separation} rounds apart; the noise was made for "
+            f"{'any number of' if most is None else most} times, "
+            f"{noise.min_separation} apart. Cyclic(K) keeps N // K apart."
+        )
+    return _Release(dp.GaussianDpEvent(_multiplier(noise)))
 
 
 def _together(noises: Sequence, moved: float) -> dp.DpEvent:
@@ -365,7 +415,7 @@ def _responses(noises: Sequence) -> dp.DpEvent:
     return dp.RandomizedResponseDpEvent(2 / (1 + math.exp(total)), num_buckets=2)
 
 
-def _multiplier(noise: Gaussian | Laplace) -> float:
+def _multiplier(noise: Gaussian | Laplace | Correlated) -> float:
     try:
         multiplier = float(noise.noise_multiplier)
     except TypeError as error:  # a tracer's too

@@ -24,7 +24,7 @@ from jaxfl.round import (
     message_shapes,
     population_size,
 )
-from jaxfl.sampling import Poisson, cohort_rows, expected_size, sample_cohort
+from jaxfl.sampling import Cyclic, Poisson, cohort_rows, expected_size, sample_cohort
 from jaxfl.stream import OnHost, population_of
 
 # Floating-point operations of one local step, below which a CPU spends its time
@@ -82,7 +82,7 @@ def dry_run(
     params: Params,
     data: Data | OnHost,
     *,
-    cohort_size: int | Poisson | None = None,
+    cohort_size: int | Poisson | Cyclic | None = None,
 ) -> Estimate:
     """What a round would cost: compiled, and not run.
 
@@ -90,7 +90,7 @@ def dry_run(
       federation: the composed round.
       params: the model, or its `jax.ShapeDtypeStruct`s.
       data: the population's; one `on_host` counts as if it were on the device.
-      cohort_size: K, or `Poisson(...)`; None for everyone.
+      cohort_size: K, or `Poisson(...)` or `Cyclic(K)`; None for everyone.
 
     Returns:
       An `Estimate`; print it.
@@ -134,7 +134,7 @@ def tune(
     params: Params,
     data: Data | OnHost,
     *,
-    cohort_size: int | Poisson | None = None,
+    cohort_size: int | Poisson | Cyclic | None = None,
     verbose: bool = True,
 ) -> Federation:
     """The same federation under the plan that suits this machine.
@@ -152,7 +152,7 @@ def tune(
       federation: as from `federate`; its own plan is left aside.
       params: the model, or its `jax.ShapeDtypeStruct`s.
       data: the population's; one `on_host` counts as if it were on the device.
-      cohort_size: K, or `Poisson(...)`; None for everyone.
+      cohort_size: K, or `Poisson(...)` or `Cyclic(K)`; None for everyone.
       verbose: whether to print the plan, and why it was chosen.
 
     Returns:

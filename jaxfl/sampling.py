@@ -1,6 +1,7 @@
 """Cohorts: who is asked in a round."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -77,6 +78,21 @@ class Poisson(NamedTuple):
         return high
 
 
+class Cyclic(NamedTuple):
+    """Cohorts of K in turn, in one random order of all clients.
+
+    Round t takes the places `t K, ..., t K + K - 1` of that order, modulo N. All take
+    part equally often, with at least N // K rounds from one time to the next, which is
+    what noise that is correlated over rounds asks for. Takes the place of a
+    `cohort_size`.
+
+    Attributes:
+      size: K.
+    """
+
+    size: int
+
+
 def sample_cohort(
     key: jax.Array,
     data: Data,
@@ -106,24 +122,31 @@ def sample_cohort(
     True
     """
     n = population_size(data)
-    rows = cohort_rows(size, n)
-    if weight is None:
-        weight = data.size if isinstance(data, ClientData) else jnp.ones(n)
-    if jnp.shape(weight) != (n,):
-        raise ValueError(f"weight must have shape ({n},), got {jnp.shape(weight)}.")
-    weight = jnp.asarray(weight, jnp.float32)
+    cohort_rows(size, n)
     if size is None or size == n:
+        weight = _weights(data, weight)
         return Cohort(jnp.arange(n, dtype=jnp.int32), data, weight, jnp.ones(n, bool))
-    client = draw_clients(key, n, size)
-    if not isinstance(size, Poisson):
-        alive = jnp.ones(rows, bool)
-        return Cohort(client, select_clients(data, client), weight[client], alive)
+    return cohort_of(draw_clients(key, n, size), data, weight)
+
+
+def cohort_of(client: jax.Array, data: Data, weight: PyTree = None) -> Cohort:
+    """The cohort of these clients; rows of padding have the id `NOBODY`."""
+    weight = _weights(data, weight)
     somebody, alive = without_padding(client)
     weight = jnp.where(alive, weight[somebody], 0.0)
     return Cohort(client, select_clients(data, somebody), weight, alive)
 
 
-def cohort_rows(cohort_size: int | Poisson | None, n: int) -> int:
+def _weights(data: Data, weight: PyTree) -> jax.Array:
+    n = population_size(data)
+    if weight is None:
+        weight = data.size if isinstance(data, ClientData) else jnp.ones(n)
+    if jnp.shape(weight) != (n,):
+        raise ValueError(f"weight must have shape ({n},), got {jnp.shape(weight)}.")
+    return jnp.asarray(weight, jnp.float32)
+
+
+def cohort_rows(cohort_size: int | Poisson | Cyclic | None, n: int) -> int:
     """How many rows a cohort has: N if no size is given.
 
     Raises:
@@ -133,16 +156,18 @@ def cohort_rows(cohort_size: int | Poisson | None, n: int) -> int:
         return n
     if isinstance(cohort_size, Poisson):
         return cohort_size.rows(n)
+    if isinstance(cohort_size, Cyclic):
+        return cohort_rows(cohort_size.size, n)
     if not 1 <= cohort_size <= n:
         raise ValueError(f"cohort_size must be between 1 and {n}, got {cohort_size}.")
     return cohort_size
 
 
-def expected_size(cohort_size: int | Poisson | None, n: int) -> float:
+def expected_size(cohort_size: int | Poisson | Cyclic | None, n: int) -> float:
     """How many clients a cohort has on average."""
     if isinstance(cohort_size, Poisson):
         return cohort_size.expected
-    return n if cohort_size is None else cohort_size
+    return cohort_rows(cohort_size, n)
 
 
 def without_padding(client):
@@ -152,6 +177,20 @@ def without_padding(client):
     """
     alive = client != NOBODY
     return client * alive, alive
+
+
+def draws_of_run(key: jax.Array, n: int, size: int | Poisson | Cyclic) -> Callable:
+    """`round -> int32 [K]`, the clients of each round of a run that has this key."""
+    if not isinstance(size, Cyclic):
+        return lambda round: draw_clients(jax.random.fold_in(key, round), n, size)
+    order = jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))
+    k, cycle = size.size, n // size.size
+
+    def in_turn(round):  # t K modulo N, of numbers that are not as large as t K
+        place = round % cycle * k - round // cycle * (n % k)
+        return order[(place + jnp.arange(k)) % n]
+
+    return in_turn
 
 
 def draw_clients(key: jax.Array, n: int, size: int | Poisson) -> jax.Array:

@@ -22,9 +22,11 @@ from jaxfl.history import History, concatenate
 from jaxfl.mesh import AXIS, NOBODY, are_spread
 from jaxfl.round import population_size
 from jaxfl.sampling import (
+    Cyclic,
     Poisson,
+    cohort_of,
     cohort_rows,
-    draw_clients,
+    draws_of_run,
     sample_cohort,
     without_padding,
 )
@@ -48,7 +50,7 @@ def scan_rounds(
     *,
     rounds: int,
     key: jax.Array,
-    cohort_size: int | Poisson | None = None,
+    cohort_size: int | Poisson | Cyclic | None = None,
     weight: jax.Array | None = None,
     evaluate: Evaluate | None = None,
     every: int = 1,
@@ -65,8 +67,8 @@ def scan_rounds(
       data: the population's.
       rounds: R.
       key: of the run.
-      cohort_size: K, clients drawn uniformly for each round; or `Poisson(...)`; None
-        for everyone.
+      cohort_size: K, clients drawn uniformly for each round; or `Poisson(...)`, or
+        `Cyclic(K)`; None for everyone.
       weight: float32 `[N]`, see `sample_cohort`.
       evaluate: `state -> {name: array}`, or None.
       every: rounds between evaluations; must divide `rounds`.
@@ -100,10 +102,18 @@ def scan_rounds(
         raise ValueError(f"every must divide rounds, got {every=} and {rounds=}.")
     sample_key, run_key = jax.random.split(key)
 
+    n = population_size(data)
+    cohort_rows(cohort_size, n)
+    if cohort_size is None or cohort_size == n:
+        draw = None  # everyone, whose data stay where they are
+    else:
+        draw = draws_of_run(sample_key, n, cohort_size)
+
     def one_round(state, _):
-        cohort = sample_cohort(
-            jax.random.fold_in(sample_key, state.round), data, cohort_size, weight
-        )
+        if draw is None:
+            cohort = sample_cohort(sample_key, data, weight=weight)
+        else:
+            cohort = cohort_of(draw(state.round), data, weight)
         return federation.round(run_key, state, cohort)
 
     def segment(state, _):
@@ -186,7 +196,7 @@ def simulate(
     *,
     rounds: int,
     key: jax.Array,
-    cohort_size: int | Poisson | None = None,
+    cohort_size: int | Poisson | Cyclic | None = None,
     weight: jax.Array | np.ndarray | None = None,
     evaluate: Evaluate | None = None,
     every: int = 1,
@@ -219,7 +229,8 @@ def simulate(
       rounds: how many rounds in all, those before a checkpoint included.
       key: random key, `jax.random.key(seed)`.
       cohort_size: K, clients drawn uniformly without replacement for each round; or
-        `Poisson(expected)`, where each takes part for itself; None for everyone.
+        `Poisson(expected)`, where each takes part for itself; or `Cyclic(K)`, in turn;
+        None for everyone.
       weight: `[N]`, the weights of clients; their numbers of examples by default.
       evaluate: `state -> {name: array}` after every segment, on the device; see
         `evaluate.on_server`.
@@ -291,7 +302,9 @@ def simulate(
                 "data": digest(given, most=2**20),
                 "population": n,
                 "cohort_size": (
-                    [*cohort_size] if isinstance(cohort_size, Poisson) else cohort_size
+                    repr(cohort_size)
+                    if isinstance(cohort_size, Poisson | Cyclic)
+                    else cohort_size
                 ),
                 "every": every,
             }
@@ -441,8 +454,7 @@ def _from_host(federation, params, host, weight, evaluate, key, sample_key, size
 @functools.partial(jax.jit, static_argnames=("rounds", "n", "size"))
 def _draws(key, first, *, rounds, n, size):
     """The ids of the cohorts of these rounds, as `scan_rounds` draws them."""
-    each = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(rounds))
-    return jax.lax.map(lambda key: draw_clients(key, n, size), each)
+    return jax.lax.map(draws_of_run(key, n, size), first + jnp.arange(rounds))
 
 
 def _host_device() -> Any:

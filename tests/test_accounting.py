@@ -352,10 +352,10 @@ def test_randomised_response_is_pure(rounds):
 
 @pytest.mark.parametrize("noise", [privacy.skellam, privacy.discrete_gaussian])
 def test_distributed_noise_on_a_fine_grid_counts_as_normal(noise):
-    shared = {"clients": 20, "dimension": 64, "bits": 24}
+    shared = {"clients": 20, "dimension": 64, "bits": 20}
     of_clients = chain(clip(1.0), mean(denominator=20.0), noise(1.5, **shared))
     at_server = chain(clip(1.0), mean(denominator=20.0), privacy.gaussian(1.5))
-    run = {"population": 20, "cohort": None, "rounds": 10, "delta": 1e-5}
+    run: dict = {"population": 20, "cohort": None, "rounds": 10, "delta": 1e-5}
     want = epsilon(at_server, **run, accountant=RdpAccountant)
     got = epsilon(of_clients, **run)
     assert want <= got * (1 + 1e-3) and got <= 1.01 * want

@@ -77,6 +77,7 @@ def test_every_experiment_is_tested_here():
         *("many_clients", "processes"),
         *("kamp2018", "threshold_front", "compression2017", "error_feedback"),
         "secure_cost",
+        "dp_ftrl2021",
     }
 
 
@@ -246,6 +247,24 @@ def test_error_feedback(tmp_path):
     assert whole["accuracy"] > feedback["accuracy"] > forgotten["accuracy"]
     assert 50 < whole["megabytes"] / feedback["megabytes"] < 70
     assert len(rows) == 3 * 6
+
+
+def test_dp_ftrl2021(tmp_path):
+    summary, rows, printed = results(
+        *(tmp_path, "dp_ftrl2021", "--epsilons", "2", "--passes", "2"),
+    )
+    accuracy = {name: by["2"] for name, by in summary["accuracy"].items()}
+    assert list(accuracy) == [
+        *("independent", "independent, amplified"),
+        *("tree", "buffered Toeplitz", "banded"),
+    ]
+    # One guarantee for all matrices, and less of their noise in a sum of updates.
+    multiplier = {r["noise"]: float(r["multiplier"]) for r in rows}
+    assert len({multiplier[name] for name in [*accuracy][2:]}) == 1
+    assert multiplier["tree"] < multiplier["independent"]
+    assert 0.6 < accuracy["independent"] < accuracy["banded"]
+    assert accuracy["independent"] < accuracy["independent, amplified"]
+    assert "epsilon 2" in printed
 
 
 def test_threshold_front(tmp_path):

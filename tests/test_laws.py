@@ -14,6 +14,7 @@ import pytest
 import toy
 from encoders import ENCODERS, layer_key
 from jax.sharding import NamedSharding, PartitionSpec
+from jax_privacy.matrix_factorization.banded import ColumnNormalizedBanded
 
 import jaxfl
 from jaxfl import (
@@ -100,6 +101,8 @@ def private(h):
 
 
 RING = jaxfl.topology.ring(toy.N)
+BANDED = ColumnNormalizedBanded.default(4, 2).inverse_as_streaming_matrix()
+TREE = privacy.tree_aggregation(4, restart=3)
 
 
 @functools.cache
@@ -189,6 +192,20 @@ PARTS = {
         chain(distributed(h, privacy.skellam), secure.secure_sum())
     ),
     "dp_sgd": lambda h: (private(h), mean(), jaxfl.total()),
+    "correlated_gaussian": lambda h: around(
+        chain(
+            jaxfl.clip(h),
+            mean(denominator=5.0),
+            privacy.correlated_gaussian(0.3 * h, BANDED, rounds=4, min_separation=2),
+        )
+    ),
+    "tree_aggregation": lambda h: around(
+        chain(
+            jaxfl.clip(h),
+            privacy.correlated_gaussian(0.3, TREE, rounds=4, min_separation=1),
+            mean(denominator=5.0 * h),
+        )
+    ),
     # codecs
     "top_k": lambda h: around(compress.top_k(0.5 * h)),
     "top_k of qsgd": lambda h: around(compress.top_k(0.5, compress.qsgd(7))),

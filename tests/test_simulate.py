@@ -19,6 +19,7 @@ import toy
 
 import jaxfl
 from jaxfl.checkpoint import digest
+from jaxfl.sampling import Cyclic, draws_of_run
 from jaxfl.simulate import _segment, scan_rounds
 
 FEDERATION = jaxfl.federate(
@@ -255,6 +256,29 @@ def test_cohorts_differ_between_rounds():
     assert all(len(set(c)) == 3 for c in clients.tolist())
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_cyclic_cohorts_keep_clients_apart(size):
+    rounds = 30
+    clients = run(rounds, cohort_size=Cyclic(size))[1].clients.client
+    often = np.bincount(clients.ravel(), minlength=toy.N)
+    assert often.max() - often.min() <= 1
+    for client in range(toy.N):
+        (at,) = np.nonzero((clients == client).any(1))
+        assert np.diff(at).min() >= toy.N // size
+    # One order, again and again.
+    order = clients.ravel()[: toy.N]
+    assert sorted(order) == list(range(toy.N)) and list(order) != sorted(order)
+    np.testing.assert_array_equal(clients.ravel(), np.resize(order, clients.size))
+
+
+def test_cyclic_cohorts_of_a_long_run():
+    """Where t K is no int32."""
+    n, size, t, key = 1_000_003, 9_999, 3_000_000, jax.random.key(0)
+    order = np.asarray(draws_of_run(key, n, Cyclic(n))(0))
+    got = jax.jit(draws_of_run(key, n, Cyclic(size)))(t)
+    np.testing.assert_array_equal(got, order[(t * size + np.arange(size)) % n])
+
+
 # --- errors ------------------------------------------------------------------
 
 
@@ -269,6 +293,7 @@ def test_cohorts_differ_between_rounds():
         (ValueError, "expected", {"cohort_size": jaxfl.Poisson(7)}),
         (ValueError, "expected", {"cohort_size": jaxfl.Poisson(0)}),
         (ValueError, "overflow", {"cohort_size": jaxfl.Poisson(3, overflow=0.0)}),
+        (ValueError, "cohort_size", {"cohort_size": Cyclic(8)}),
         (ValueError, "weight", {"weight": np.ones(3)}),
         (ValueError, "checkpoint_every", {"every": 2, "checkpoint_every": 3}),
         (ValueError, "checkpoint_every", {"checkpoint_every": 0}),
@@ -370,10 +395,11 @@ def test_what_a_killed_process_left_is_not_used(tmp_path):
         ("key", {"seed": 1}),
         ("cohort_size", {"cohort_size": 2}),
         ("cohort_size", {"cohort_size": POISSON}),
+        ("cohort_size", {"cohort_size": Cyclic(3)}),
         ("weight", {"weight": np.arange(toy.N)}),
         ("every", {"every": 2}),
     ],
-    ids=["key", "cohort_size", "Poisson", "weight", "every"],
+    ids=["key", "cohort_size", "Poisson", "Cyclic", "weight", "every"],
 )
 def test_another_run_is_not_gone_on_with(tmp_path, word, options):
     run(2, checkpoint=tmp_path)

@@ -13,9 +13,15 @@ Clients hide a message from the server as well (`local_gaussian`, `local_laplace
 """
 
 from jaxfl.privacy.clip import adaptive_clip, clip, clip_layers
+from jaxfl.privacy.correlated import (
+    correlated_gaussian,
+    participation_sensitivity,
+    tree_aggregation,
+)
 from jaxfl.privacy.distributed import discrete_gaussian, skellam
 from jaxfl.privacy.dp_sgd import dp_sgd, example_epsilon
 from jaxfl.privacy.mechanism import (
+    Correlated,
     DiscreteGaussian,
     Distributed,
     Gaussian,
@@ -44,9 +50,13 @@ __all__ = [
     "discrete_gaussian",
     "dp_sgd",
     "example_epsilon",
-    "noise_left",
     "skellam_rdp",
     "discrete_gaussian_rdp",
+    "correlated_gaussian",
+    "tree_aggregation",
+    "participation_sensitivity",
+    "noise_left",
+    "Correlated",
     "Gaussian",
     "Laplace",
     "Local",

@@ -114,7 +114,27 @@ class Distributed(NamedTuple):
     clients: int
 
 
-def noise_left(noise_multiplier, spent):
+class Correlated(NamedTuple):
+    """Normal noise that is correlated over rounds, on what one client moves in all of
+    them together by at most 1 in Euclidean norm, if it is added or removed.
+
+    The whole run is one Gaussian mechanism, as long as the pattern is kept in which
+    clients take part.
+
+    Attributes:
+      noise_multiplier: z, of the whole run.
+      rounds: of the run, at most.
+      min_separation: from one participation of a client to its next, at least.
+      max_participations: of a client; None if the separation alone limits them.
+    """
+
+    noise_multiplier: float | Any
+    rounds: int
+    min_separation: int
+    max_participations: int | None = None
+
+
+def noise_left(noise_multiplier: float, spent: float) -> float:
     """The noise that a second mechanism needs, after a first, for both to count as one.
 
     `z' = (z^-2 - s^-2)^(-1/2)`: normal noise of multipliers s and z' on two sums over
