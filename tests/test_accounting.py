@@ -343,7 +343,7 @@ def test_the_ledger_has_what_was_spent_at_each_evaluation():
 def test_randomised_response_is_pure(rounds):
     """Its epsilons add up where delta is next to nothing."""
     channel = chain(clip(1.0), privacy.randomised_response(0.5), mean())
-    run = {"population": 100, "cohort": 10, "rounds": rounds}
+    run: dict = {"population": 100, "cohort": 10, "rounds": rounds}
     got = epsilon(channel, **run, delta=1e-12)
     np.testing.assert_allclose(got, 0.5 * rounds, rtol=2e-2)
     if rounds > 1:  # a larger delta buys something
