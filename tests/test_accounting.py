@@ -347,7 +347,8 @@ def test_randomised_response_is_pure(rounds):
     got = epsilon(channel, **run, delta=1e-12)
     np.testing.assert_allclose(got, 0.5 * rounds, rtol=2e-2)
     if rounds > 1:  # a larger delta buys something
-        assert epsilon(channel, **run | {"rounds": 200}, delta=1e-3) < 0.5 * 100
+        run["rounds"] = 200
+        assert epsilon(channel, **run, delta=1e-3) < 0.5 * 100
 
 
 @pytest.mark.parametrize("noise", [privacy.skellam, privacy.discrete_gaussian])
