@@ -77,7 +77,7 @@ def test_every_experiment_is_tested_here():
         *("many_clients", "processes"),
         *("kamp2018", "threshold_front", "compression2017", "error_feedback"),
         "secure_cost",
-        "dp_ftrl2021",
+        *("dp_fedavg", "dp_ftrl2021"),
     }
 
 
@@ -247,6 +247,19 @@ def test_error_feedback(tmp_path):
     assert whole["accuracy"] > feedback["accuracy"] > forgotten["accuracy"]
     assert 50 < whole["megabytes"] / feedback["megabytes"] < 70
     assert len(rows) == 3 * 6
+
+
+def test_dp_fedavg(tmp_path):
+    summary, rows, printed = results(tmp_path, "dp_fedavg")
+    epsilon, accuracy = summary["epsilon"], summary["fixed"]
+    assert 0 < epsilon["2.0"] < 1 < epsilon["0.5"]
+    assert len(rows) == 2 * (2 + 1)
+    assert all(0 < float(row["accuracy, seed 1"]) < 1 for row in rows)
+    # Noise costs most where it is largest, and clipping costs something too.
+    large = [by_norm[1] for by_norm in accuracy]
+    assert large[0] > large[1] + 0.1 and summary["not private"] > large[0]
+    assert summary["adaptive"][1] > large[1] + 0.05
+    assert "adaptive" in printed
 
 
 def test_dp_ftrl2021(tmp_path):
