@@ -10,6 +10,20 @@ user nor accountant need know it:
 Clients hide a message from the server as well (`local_gaussian`, `local_laplace`,
 `randomised_response`), or add shares of noise that protect a secure sum (`skellam`,
 `discrete_gaussian`). `dp_sgd` protects the single examples of each client.
+
+Recipes are expressions over these. With `sum_of = mean(denominator=d)`, and cohorts
+that are drawn by `Poisson(d)` or take turns by `Cyclic(d)`:
+
+    DP-FedAvg      federate(fedavg(loss, sgd), chain(clip(C), sum_of, gaussian(z)))
+    DP-FedSGD      the same with fedavg(loss, sgd, batch_size=None)
+    DP-FedAdam     the same with fedavg(loss, sgd, adam)
+    adaptive       chain(adaptive_clip(0.5, C, clients=d), sum_of, gaussian(z))
+    DP-FTRL        chain(clip(C), sum_of, correlated_gaussian(z, matrix, ...))
+    local          chain(clip(C), local_gaussian(z), sum_of)
+    distributed    chain(clip(C), compress.rotation(), sum_of,
+                         skellam(z, ...), secure_sum())
+
+`jaxfl.accounting.epsilon` takes any of them.
 """
 
 from jaxfl.privacy.clip import adaptive_clip, clip, clip_layers
