@@ -52,7 +52,7 @@ class Settings:
 
 PRESETS = {
     "ci": Settings("ci", model="2nn", rounds=20),
-    "full": Settings("full", model="cnn", rounds=60, every=5, data="files"),
+    "full": Settings("full", model="cnn", rounds=30, every=5, data="files", bias=0.9),
 }
 
 
