@@ -85,9 +85,9 @@ def epsilon(
     multiplier `(sum_i z_i^-2)^(-1/2)`. Local noise protects what a client sends from
     the server as well, but not the weights beside it, if `mean` sends any; the server
     knows who sends, so that nothing is amplified, and a client counts as if it took
-    part in all `rounds`. The same holds of distributed noise, which is accounted for by
-    the Renyi divergences of its papers, if as many clients send in each round as share
-    in it.
+    part in all `rounds`. The same holds of distributed noise, if as many clients send
+    in each round as share in it. That, by its papers, and randomised response are
+    accounted for by Renyi divergences, whichever accountant is given.
 
     Noise that is correlated over rounds is one Gaussian mechanism for all of them, and
     amplified by nothing; a run must keep the pattern that it was made for.
@@ -242,6 +242,8 @@ def _epsilon(private, population, cohort, rounds, delta, accountant) -> float:
     found = _noise_of(private)
     if isinstance(found[0], Distributed):
         return _of_distributed(found, rounds, delta)
+    if any(isinstance(getattr(x, "noise", x), RandomisedResponse) for x in found):
+        return _of_responses(found, rounds, delta)
     if any(isinstance(noise, Correlated) for noise in found):
         # One release of the whole run, as its noise depends on that of other rounds.
         releases, rounds = [_whole_run(found, population, cohort, rounds)], 1
@@ -253,9 +255,7 @@ def _epsilon(private, population, cohort, rounds, delta, accountant) -> float:
 
 
 def _spent(release: _Release, rounds: int, delta: float, accountant) -> float:
-    if isinstance(release.event, dp.RandomizedResponseDpEvent):
-        accountant = RdpAccountant  # dp_accounting 0.6's PLD counts one answer of many
-    elif accountant is None:
+    if accountant is None:
         replaced = release.relation is REPLACE
         accountant = RdpAccountant if replaced else PLDAccountant
     count = accountant(neighboring_relation=release.relation)
@@ -289,6 +289,17 @@ def _of_distributed(found: list, rounds: int, delta: float) -> float:
     noise, orders = found[0].noise, range(2, 513)
     rdp = [rounds * x for x in divergences[type(noise)](noise, orders)]
     return float(compute_epsilon(orders, rdp, delta)[0])
+
+
+def _of_responses(found: list, rounds: int, delta: float) -> float:
+    noises = [mechanism.noise for mechanism in found]
+    if not all(isinstance(noise, RandomisedResponse) for noise in noises):
+        raise ValueError("private: randomised response must be its only local noise.")
+    pure = sum(float(noise.epsilon) for noise in noises)
+    event = dp.RandomizedResponseDpEvent(2 / (1 + math.exp(pure)), num_buckets=2)
+    # PLDAccountant 0.6 counts one answer, however many there are.
+    count = RdpAccountant(neighboring_relation=REPLACE).compose(event, rounds)
+    return min(rounds * pure, float(count.get_epsilon(delta)))
 
 
 def _noise_of(private: Federation | Channel) -> list:
@@ -338,10 +349,7 @@ def _releases(
 ) -> list[_Release]:
     """Of one round, as it may be seen; each gives a bound."""
     if isinstance(found[0], Local):
-        noises = [mechanism.noise for mechanism in found]
-        if isinstance(noises[0], RandomisedResponse):
-            return [_Release(_responses(noises), REPLACE)]
-        return [_Release(_together(noises, moved=2))]
+        return [_Release(_together([mechanism.noise for mechanism in found], moved=2))]
     event = _together(found, moved=1)
     if cohort is None or cohort == population or isinstance(cohort, Cyclic):
         return [_Release(event)]
@@ -405,14 +413,6 @@ def _together(noises: Sequence, moved: float) -> dp.DpEvent:
         if shares:
             events.append(event(sum(shares) ** (-1 / power)))
     return events[0] if len(events) == 1 else dp.ComposedDpEvent(events)
-
-
-def _responses(noises: Sequence) -> dp.DpEvent:
-    """One event for all answers that one message has."""
-    if not all(isinstance(noise, RandomisedResponse) for noise in noises):
-        raise ValueError("private: randomised response must be its only local noise.")
-    total = sum(float(noise.epsilon) for noise in noises)
-    return dp.RandomizedResponseDpEvent(2 / (1 + math.exp(total)), num_buckets=2)
 
 
 def _multiplier(noise: Gaussian | Laplace | Correlated) -> float:

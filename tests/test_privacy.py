@@ -233,7 +233,7 @@ def test_the_noise_of_the_count_is_what_the_mechanism_says():
     x = lengths_of()
     adaptive = privacy.adaptive_clip(0.5, initial=3.0, clients=K, count_std=2.0)
     (found,) = mechanisms(adaptive)
-    assert found == privacy.Gaussian(4.0)  # b - 1/2 is at most 1/2
+    assert found == privacy.Reported(privacy.Gaussian(4.0))  # b - 1/2 is at most 1/2
     _, state = run(chain(adaptive, mean(denominator=K)), x, 4000)
     c = np.r_[3.0, np.asarray(state[0], np.float64)]
     below = (np.linalg.norm(x, axis=1) <= c[:-1, None]).sum(1)
