@@ -68,7 +68,7 @@ PRESETS = {
         clients=6000,
         cohort=300,
         rounds=100,
-        noise_multipliers=(0.5, 0.7, 1.0, 1.5, 2.5, 4.0),
+        noise_multipliers=(0.7, 1.0, 1.5, 2.5, 4.0, 6.0),
         clip_norms=(0.03, 0.1, 0.3, 1.0),
         data="files",
     ),
