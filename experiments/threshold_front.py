@@ -226,12 +226,14 @@ def draw(config, found):
     )
     for legend in (whens, whats):
         legend.set_frame_on(False)
-    top = 100 * max(p["accuracy"] for p in found)
+    top = max(p["accuracy"] for p in found)
+    shown = [p["megabytes"] for p in found if p["accuracy"] > top - 0.25]
     axes.set(
         xlabel="sent by all nodes (MB)",
         ylabel="test accuracy (%)",
         xscale="log",
-        ylim=(top - 25, top + 1),
+        xlim=(min(shown) / 1.5, max(shown) * 1.5),
+        ylim=(100 * top - 25, 100 * top + 1),
         title=f"MNIST, {config.nodes} nodes, {config.rounds} rounds, and the front",
     )
     common.tidy(axes)
