@@ -306,7 +306,7 @@ def _noise_of(private: Federation | Channel) -> list:
     """Of each layer that has any; raises where there is something that none hides."""
     if isinstance(private, Federation):
         _, channel, aggregator = private.parts
-        found = mechanisms(channel, aggregator.linear or aggregator.sums)
+        found = mechanisms(channel, aggregator.makes_sum)
     elif isinstance(private, Channel):
         channel, found = private, mechanisms(private)
     else:

@@ -54,7 +54,7 @@ def median() -> Aggregator:
 
         return jax.tree.map(leaf, payload), sent, state
 
-    return Aggregator(_floats("median"), apply, coordinatewise=True)
+    return Aggregator(tree.of_floats("median"), apply, coordinatewise=True)
 
 
 def dynamic_average(delta: float) -> Aggregator:
@@ -131,7 +131,7 @@ def dynamic_average(delta: float) -> Aggregator:
     def traffic(ctx, bits, delivered, reply):
         return jnp.where(delivered, bits, 0.0), jnp.where(delivered, reply, 0.0)
 
-    return Aggregator(_floats("dynamic_average"), apply, traffic=traffic)
+    return Aggregator(tree.of_floats("dynamic_average"), apply, traffic=traffic)
 
 
 def mix(weights: np.ndarray | jax.Array) -> Aggregator:
@@ -213,14 +213,4 @@ def mix(weights: np.ndarray | jax.Array) -> Aggregator:
         heard = jnp.where(linked, bits, 0.0)  # [i, j]: what i hears of j
         return bits * jnp.sum(linked, 0), jnp.sum(heard, 1)
 
-    return Aggregator(_floats("mix"), apply, personal=True, traffic=traffic)
-
-
-def _floats(name: str):
-    """The init of an aggregator without a state, of payloads of floats."""
-
-    def init(payload):
-        tree.require_floats(payload, name)
-        return ()
-
-    return init
+    return Aggregator(tree.of_floats("mix"), apply, personal=True, traffic=traffic)

@@ -20,6 +20,7 @@ from jaxfl.core import (
     Message,
     Payload,
     PyTree,
+    no_state,
     pass_on,
     send_on,
     steady,
@@ -187,6 +188,7 @@ def mean(denominator: float | None = None) -> Channel:
     Reference: McMahan et al. 2017, arXiv:1602.05629, algorithm 1; with a denominator,
     McMahan et al. 2018, arXiv:1710.06963, estimator f_f.
     """
+    init = tree.of_floats("mean", no_state)
     if denominator is not None:
         if isinstance(denominator, int | float) and not denominator > 0:
             raise ValueError(f"denominator must be positive, got {denominator}.")
@@ -198,7 +200,7 @@ def mean(denominator: float | None = None) -> Channel:
             return Bound(bound.l2 / denominator, bound.l1 / denominator)
 
         return Channel(
-            *(_floats_only, send_on, divide),
+            *(init, send_on, divide),
             of_sums=True,
             bound=unchanged,
             sensitivity=share,
@@ -216,12 +218,7 @@ def mean(denominator: float | None = None) -> Channel:
         average = tree.divide(payload, jnp.where(weight > 0, weight, 1.0))
         return tree.mask(weight > 0, average), server_state
 
-    return Channel(_floats_only, encode, decode, of_sums=True)
-
-
-def _floats_only(payload):
-    tree.require_floats(payload, "mean")
-    return (), ()
+    return Channel(init, encode, decode, of_sums=True)
 
 
 def gate(

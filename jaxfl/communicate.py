@@ -60,7 +60,7 @@ def norm_threshold(threshold: optax.ScalarOrSchedule, *, keep: bool) -> Channel:
         norm = tree.norm(payload)
         return norm >= _now(threshold, ctx), {"norm": norm}
 
-    return gate_by(decide, keep=keep, init=_floats("norm_threshold"))
+    return gate_by(decide, keep=keep, init=tree.of_floats("norm_threshold"))
 
 
 def relative_threshold(
@@ -102,7 +102,7 @@ def relative_threshold(
         relative = norm / jnp.where(size > 0, size, 1.0)
         return norm >= _now(threshold, ctx) * size, {"norm": relative}
 
-    return gate_by(decide, keep=keep, init=_floats("relative_threshold"))
+    return gate_by(decide, keep=keep, init=tree.of_floats("relative_threshold"))
 
 
 def target_rate(rate: float, *, initial: float, step: float, keep: bool) -> Channel:
@@ -157,7 +157,9 @@ def target_rate(rate: float, *, initial: float, step: float, keep: bool) -> Chan
         surplus = report["open"] / jnp.maximum(asked, 1) - rate
         return payload, jnp.where(asked > 0, tau * jnp.exp(step * surplus), tau)
 
-    return gate_by(decide, keep=keep, init=_floats("target_rate", init), decode=decode)
+    return gate_by(
+        decide, keep=keep, init=tree.of_floats("target_rate", init), decode=decode
+    )
 
 
 class LastUpdate(NamedTuple):
@@ -229,7 +231,7 @@ def cmfl(threshold: optax.ScalarOrSchedule, *, keep: bool) -> Channel:
         now = LastUpdate(_signs(payload), jnp.array(True))
         return payload, optax.tree.where(report["open"] > 0, now, last)
 
-    return gate_by(decide, keep=keep, init=_floats("cmfl", init), decode=decode)
+    return gate_by(decide, keep=keep, init=tree.of_floats("cmfl", init), decode=decode)
 
 
 class LastSent(NamedTuple):
@@ -479,16 +481,6 @@ def gaia(threshold: optax.ScalarOrSchedule, *, model: Model = itself) -> Channel
         return message, kept, {"significant": n / d}
 
     return Channel(init, encode)
-
-
-def _floats(name: str, init: Callable = lambda payload: ()) -> Callable:
-    """The init of a server's state, of payloads of floats."""
-
-    def checked(payload):
-        tree.require_floats(payload, name)
-        return init(payload)
-
-    return checked
 
 
 def _repeat(message: Message, send: jax.Array, old: Payload) -> Message:

@@ -282,6 +282,11 @@ class Aggregator(NamedTuple):
     sums: bool = False
     bits: Callable = as_sent
 
+    @property
+    def makes_sum(self) -> bool:
+        """Whether the result is a sum of messages, however it is come by."""
+        return self.linear or self.sums
+
 
 class ServerState(NamedTuple):
     """The server's half of a `State`, one field a part."""

@@ -220,7 +220,7 @@ def federate(
     ):
         if not isinstance(part, kind):
             raise TypeError(f"{name} must be a jaxfl.{kind.__name__}, got {part!r}.")
-    summed = aggregator.linear or aggregator.sums
+    summed = aggregator.makes_sum
     if channel.of_sums and not summed:
         raise ValueError(
             "channel: mean() divides a sum, and the aggregator is not linear, nor "

@@ -1,5 +1,6 @@
 """Helpers for pytrees of arrays, where `optax.tree` has none."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,6 +39,16 @@ def require_floats(tree: PyTree, name: str) -> None:
     for x in jax.tree.leaves(tree):
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             raise TypeError(f"{name}: payload must be of floats, got {x.dtype}.")
+
+
+def of_floats(name: str, init: Callable = lambda payload: ()) -> Callable:
+    """The init of a part, which refuses a payload that has an integer leaf."""
+
+    def checked(payload):
+        require_floats(payload, name)
+        return init(payload)
+
+    return checked
 
 
 def norm(tree: PyTree, squared: bool = False) -> jax.Array:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+from scales import assert_of_scale
 
 import jaxfl
 from jaxfl import chain, clip, core, mean, privacy
@@ -243,14 +243,6 @@ def test_the_noise_of_the_count_is_what_the_mechanism_says():
 
 
 # --- noise --------------------------------------------------------------------
-
-
-def assert_of_scale(noise, scale, distribution):
-    """It passes for that scale, and does not for others."""
-    noise = np.ravel(noise)
-    assert stats.kstest(noise / scale, distribution).pvalue > 1e-3
-    for wrong in (0.8, 1.25):
-        assert stats.kstest(noise / scale / wrong, distribution).pvalue < 1e-6
 
 
 C, D, M = 0.5, 4000, 5.0

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from jaxfl import tree
-from jaxfl.core import Channel, Message, Payload, pass_on
+from jaxfl.core import Channel, Message, Payload, no_state, pass_on
 
 
 def codec(
@@ -41,10 +41,6 @@ def codec(
     ([1.0, 3.0], 16.0)
     """
 
-    def init(payload):
-        tree.require_floats(payload, name)
-        return (), ()
-
     def encode(ctx, message, server_state, client_state):
         x, unravel = ravel_pytree(message.payload)
         decoded, bits = code(ctx.key, x.astype(jnp.float32))
@@ -53,7 +49,7 @@ def codec(
         )
         return message, client_state, ()
 
-    return Channel(init, encode)
+    return Channel(tree.of_floats(name, no_state), encode)
 
 
 def if_sent(message: Message, bits: jax.Array | float) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxfl import tree
-from jaxfl.core import Bound, Channel, unchanged
+from jaxfl.core import Bound, Channel, no_state, unchanged
 from jaxfl.privacy.mechanism import Gaussian, Reported
 
 
@@ -51,7 +51,9 @@ def clip(norm: float, *, ord: int = 2) -> Channel:
         l2 = _least(norm, bound.l2)  # which no vector's l1 is less than
         return Bound(l2, bound.l1 if ord == 2 else _least(norm, bound.l1))
 
-    return Channel(_floats_only("clip"), encode, bound=bound, sensitivity=unchanged)
+    return Channel(
+        tree.of_floats("clip", no_state), encode, bound=bound, sensitivity=unchanged
+    )
 
 
 def clip_layers(norm: float) -> Channel:
@@ -99,7 +101,10 @@ def clip_layers(norm: float) -> Channel:
         return Bound(_least(norm, bound.l2), bound.l1)
 
     return Channel(
-        _floats_only("clip_layers"), encode, bound=bound, sensitivity=unchanged
+        tree.of_floats("clip_layers", no_state),
+        encode,
+        bound=bound,
+        sensitivity=unchanged,
     )
 
 
@@ -157,10 +162,8 @@ def adaptive_clip(
     count_std = clients / 20 if count_std is None else count_std
     if isinstance(count_std, int | float) and not count_std >= 0:
         raise ValueError(f"count_std must be at least 0, got {count_std}.")
-    check = _floats_only("adaptive_clip")
 
     def init(payload):
-        check(payload)
         return jnp.float32(initial), ()
 
     def encode(ctx, message, norm, client_state):
@@ -179,7 +182,7 @@ def adaptive_clip(
         return tree.scale(norm, payload), new
 
     return Channel(
-        *(init, encode, decode),
+        *(tree.of_floats("adaptive_clip", init), encode, decode),
         bound=lambda bound: Bound(1.0, math.inf),
         mechanism=lambda bound, sensitivity: Reported(Gaussian(2 * count_std)),
     )
@@ -201,11 +204,3 @@ def _absolute(payload):
 def _require_positive(name, value):
     if isinstance(value, int | float) and not value > 0:
         raise ValueError(f"{name} must be positive, got {value}.")
-
-
-def _floats_only(name):
-    def init(payload):
-        tree.require_floats(payload, name)
-        return (), ()
-
-    return init

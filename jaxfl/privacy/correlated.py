@@ -18,9 +18,14 @@ import numpy as np
 import optax
 
 from jaxfl import tree
-from jaxfl.core import Bound, Channel, unchanged
+from jaxfl.core import Channel, unchanged
 from jaxfl.privacy.mechanism import Correlated
-from jaxfl.privacy.noise import NORMAL
+from jaxfl.privacy.noise import (
+    NORMAL,
+    add_noise,
+    random_like,
+    require_multiplier,
+)
 
 if TYPE_CHECKING:
     from jax_privacy.matrix_factorization import StreamingMatrix
@@ -79,10 +84,7 @@ def correlated_gaussian(
     """
     from jax_privacy.matrix_factorization import StreamingMatrix
 
-    if isinstance(noise_multiplier, int | float) and not noise_multiplier >= 0:
-        raise ValueError(
-            f"noise_multiplier must be at least 0, got {noise_multiplier}."
-        )
+    require_multiplier(noise_multiplier)
     if not isinstance(noising_matrix, StreamingMatrix):
         raise TypeError(
             "noising_matrix must be a StreamingMatrix of jax_privacy, as "
@@ -93,29 +95,22 @@ def correlated_gaussian(
     )
 
     def init(payload):
-        tree.require_floats(payload, "correlated_gaussian")
         zeros: Any = optax.tree.cast(payload, jnp.float32)
         return noising_matrix.init_multiply(zeros), ()
 
     def decode(ctx, payload, state, report):
-        bound = ctx.bound or Bound()
-        NORMAL.require("correlated_gaussian", bound)
-        draws: Any = optax.tree.random_like(
-            ctx.key, payload, jax.random.normal, jnp.float32
-        )
+        limit = NORMAL.limit("correlated_gaussian", ctx.bound)
+        draws = random_like(ctx.key, payload, NORMAL.draw)
         noise, state = noising_matrix.multiply_next(draws, state)
-        size = jnp.where(ctx.round < rounds, scale * bound.l2, jnp.nan)
-        payload = jax.tree.map(
-            lambda x, y: (x + size * y).astype(x.dtype), payload, noise
-        )
-        return payload, state
+        size = jnp.where(ctx.round < rounds, scale * limit, jnp.nan)
+        return add_noise(payload, size, noise), state
 
     def mechanism(bound, sensitivity):
-        NORMAL.require("correlated_gaussian", sensitivity)
+        NORMAL.limit("correlated_gaussian", sensitivity)
         return Correlated(noise_multiplier, rounds, min_separation, max_participations)
 
     return Channel(
-        init,
+        tree.of_floats("correlated_gaussian", init),
         decode=decode,
         bound=unchanged,
         sensitivity=unchanged,

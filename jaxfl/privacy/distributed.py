@@ -5,15 +5,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jaxfl import tree
 from jaxfl.compress.vector import Layout, dither, if_sent
-from jaxfl.core import Bound, Channel
+from jaxfl.core import Channel
 from jaxfl.privacy import integers, mechanism
 from jaxfl.privacy.noise import NORMAL
-from jaxfl.secure.fixed import Residues, no_sum
+from jaxfl.secure.fixed import Residues, modulo, no_sum, signed
 
 LARGEST_STD = 2.0**14  # of one client's noise; scipy's Bessel functions end at 2^14.5
 TRIES = 64  # of which all fail with a probability of e^-32
@@ -156,7 +155,6 @@ def _distributed(
         )
     noise = table(std**2)
     limit, _ = mechanism.rounded_norms(steps, dimension)
-    modulus = np.uint32(2**bits - 1)
 
     def init(payload):
         tree.require_floats(payload, name)
@@ -172,14 +170,13 @@ def _distributed(
         return Residues(jnp.zeros(dimension, jnp.uint32), bits)
 
     def encode(ctx, message, layout, client_state):
-        NORMAL.require(name, ctx.bound or Bound())
-        norm = ctx.bound.l2
+        norm = NORMAL.limit(name, ctx.bound)
         x, _ = ravel_pytree(message.payload)
         x = x.astype(jnp.float32) * (jnp.float32(steps) / norm)
         round_key, noise_key = jax.random.split(ctx.key)
         y = _rounded(round_key, x, limit) + integers.draw(noise, noise_key, dimension)
         message = message._replace(
-            payload=Residues(y.astype(jnp.uint32) & modulus, bits),
+            payload=Residues(modulo(y, bits), bits),
             bits=if_sent(message, bits * dimension),
         )
         return (
@@ -190,14 +187,13 @@ def _distributed(
 
     def decode(ctx, payload, layout, report):
         norm = report["norm"] / jnp.maximum(report["count"], 1.0)
-        x = payload.values & modulus
-        lost = jnp.all(x == no_sum(bits))  # as a secure sum says it
-        x = (x << (32 - bits)).astype(jnp.int32) >> (32 - bits)  # with its sign
+        x = signed(payload.values, bits)
+        lost = jnp.all(x == signed(no_sum(bits), bits))  # as a secure sum says it
         value = x.astype(jnp.float32) * (norm / jnp.float32(steps))
         return layout.unravel(jnp.where(lost, jnp.nan, value)), layout
 
     def of_sum(bound, sensitivity):
-        NORMAL.require(name, bound)
+        NORMAL.limit(name, bound)
         return mechanism.Distributed(described(z, steps, dimension), clients)
 
     return Channel(*(init, encode, decode), of_sums=True, sends=sends, mechanism=of_sum)

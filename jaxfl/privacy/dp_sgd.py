@@ -10,6 +10,7 @@ import optax
 
 from jaxfl import local
 from jaxfl.core import Params, PyTree
+from jaxfl.privacy.noise import require_multiplier
 
 
 def dp_sgd(
@@ -72,8 +73,7 @@ def dp_sgd(
         if isinstance(value, int | float) and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}.")
     z = noise_multiplier
-    if isinstance(z, int | float) and not z >= 0:
-        raise ValueError(f"noise_multiplier must be at least 0, got {z}.")
+    require_multiplier(z)
     quiet = isinstance(z, int | float) and z == 0
     if isinstance(clip_norm, int | float) and math.isinf(clip_norm) and not quiet:
         raise ValueError("clip_norm must be finite where there is noise, got inf.")

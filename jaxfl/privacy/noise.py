@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxfl import tree
-from jaxfl.core import Bound, Channel, Payload, unchanged
+from jaxfl.core import Bound, Channel, Payload, no_state, unchanged
 from jaxfl.privacy.mechanism import Gaussian, Laplace, Local
 
 
@@ -126,9 +126,9 @@ class _Distribution(NamedTuple):
     norm: str  # which norm its scale goes by
     words: str
 
-    def require(self, name: str, bound: Bound) -> None:
-        """Raises ValueError unless the norm is known to be bounded."""
-        limit = getattr(bound, self.norm)
+    def limit(self, name: str, bound: Bound | None) -> float | jax.Array:
+        """The bound on the norm; raises ValueError unless there is one."""
+        limit = getattr(bound or Bound(), self.norm)
         if isinstance(limit, int | float) and not math.isfinite(limit):
             raise ValueError(
                 f"{name}: nothing bounds the {self.words} of what one client "
@@ -136,6 +136,7 @@ class _Distribution(NamedTuple):
                 "them must keep the bound: mean(denominator=...) does, a mean weighted "
                 "by data does not, for nothing bounds a weight."
             )
+        return limit
 
 
 NORMAL = _Distribution(jax.random.normal, Gaussian, "l2", "Euclidean norm")
@@ -146,12 +147,11 @@ DOUBLE_EXPONENTIAL = _Distribution(
 
 def _at_server(name, noise, multiplier) -> Channel:
     def decode(ctx, payload, server_state, report):
-        noise.require(name, ctx.bound or Bound())
-        scale = multiplier * getattr(ctx.bound, noise.norm)
+        scale = multiplier * noise.limit(name, ctx.bound)
         return _noised(ctx.key, payload, noise.draw, scale), server_state
 
     def mechanism(bound, sensitivity):
-        noise.require(name, sensitivity)
+        noise.limit(name, sensitivity)
         return noise.described(multiplier)
 
     return Channel(
@@ -165,13 +165,12 @@ def _at_server(name, noise, multiplier) -> Channel:
 
 def _at_client(name, noise, multiplier) -> Channel:
     def encode(ctx, message, server_state, client_state):
-        noise.require(name, ctx.bound or Bound())
-        scale = multiplier * getattr(ctx.bound, noise.norm)
+        scale = multiplier * noise.limit(name, ctx.bound)
         payload = _noised(ctx.key, message.payload, noise.draw, scale)
         return message._replace(payload=payload), client_state, ()
 
     def mechanism(bound, sensitivity):
-        noise.require(name, bound)
+        noise.limit(name, bound)
         return Local(noise.described(multiplier))
 
     return Channel(
@@ -184,16 +183,27 @@ def _at_client(name, noise, multiplier) -> Channel:
 
 def _noised(key: jax.Array, payload: Payload, draw: Callable, scale) -> Payload:
     """The payload plus independent draws, each leaf in the dtype it had."""
-    draws = optax.tree.random_like(key, payload, draw, jnp.float32)
+    return add_noise(payload, scale, random_like(key, payload, draw))
+
+
+def random_like(key: jax.Array, payload: Payload, draw: Callable) -> Any:
+    """Independent draws of float32, as many as the payload has numbers."""
+    return optax.tree.random_like(key, payload, draw, jnp.float32)
+
+
+def add_noise(payload: Payload, scale, draws: Payload) -> Payload:
+    """The payload plus a multiple of the draws, each leaf in the dtype it had."""
     return jax.tree.map(lambda x, d: (x + scale * d).astype(x.dtype), payload, draws)
 
 
 def _checked(name, multiplier) -> Callable:
-    if isinstance(multiplier, int | float) and not multiplier >= 0:
-        raise ValueError(f"noise_multiplier must be at least 0, got {multiplier}.")
+    require_multiplier(multiplier)
+    return tree.of_floats(name, no_state)
 
-    def init(payload):
-        tree.require_floats(payload, name)
-        return (), ()
 
-    return init
+def require_multiplier(noise_multiplier) -> None:
+    """Raises ValueError if it is a number below 0; it may be traced."""
+    if isinstance(noise_multiplier, int | float) and not noise_multiplier >= 0:
+        raise ValueError(
+            f"noise_multiplier must be at least 0, got {noise_multiplier}."
+        )

@@ -6,7 +6,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxfl import tree
 from jaxfl.compress.vector import dither, if_sent
-from jaxfl.core import Bound, Channel, unchanged
+from jaxfl.core import Channel, unchanged
 from jaxfl.privacy.mechanism import Local, RandomisedResponse
 from jaxfl.privacy.noise import NORMAL
 
@@ -76,14 +76,14 @@ def randomised_response(
         return (), ()
 
     def encode(ctx, message, server_state, client_state):
-        NORMAL.require("randomised_response", ctx.bound or Bound())
+        limit = NORMAL.limit("randomised_response", ctx.bound)
         x, unravel = ravel_pytree(message.payload)
         d = x.size
         m = coordinates or d
         which, rounding, keeping, other = jax.random.split(ctx.key, 4)
         at = jnp.arange(d) if m == d else jax.random.permutation(which, d)[:m]
 
-        share = x[at].astype(jnp.float32) / ctx.bound.l2  # no coordinate exceeds that
+        share = x[at].astype(jnp.float32) / limit  # no coordinate exceeds that
         level = jnp.floor((share + 1) / 2 * (levels - 1) + dither(rounding, m))
         level = jnp.clip(level, 0, levels - 1).astype(jnp.int32)
         more = jnp.expm1(jnp.float32(epsilon) / m)
@@ -92,7 +92,7 @@ def randomised_response(
         level = jnp.where(kept, level, (level + shift) % levels)
 
         value = (2 * level - (levels - 1)) / (levels - 1)
-        value = value * ctx.bound.l2 * (d / m) * (more + levels) / more
+        value = value * limit * (d / m) * (more + levels) / more
         decoded = jnp.zeros(d, jnp.float32).at[at].set(value)
         width = (levels - 1).bit_length() + ((d - 1).bit_length() if m < d else 0)
         message = message._replace(
@@ -101,7 +101,7 @@ def randomised_response(
         return message, client_state, ()
 
     def mechanism(bound, sensitivity):
-        NORMAL.require("randomised_response", bound)
+        NORMAL.limit("randomised_response", bound)
         return Local(RandomisedResponse(epsilon))
 
     return Channel(init, encode, sensitivity=unchanged, mechanism=mechanism)

@@ -87,7 +87,6 @@ def fixed_point(
     top = np.float32(highest)
     if int(top) > highest:  # float32 has 24 bits of it
         top = np.nextafter(top, np.float32(0))
-    modulus = np.uint32(2**bits - 1)
 
     def init(payload):
         tree.require_floats(payload, "fixed_point")
@@ -124,7 +123,7 @@ def fixed_point(
             else:
                 level = jnp.trunc(x)
             level = jnp.clip(level, -top, top).astype(jnp.int32)
-            levels.append(level.astype(jnp.uint32) & modulus)
+            levels.append(modulo(level, bits))
         message = message._replace(
             payload=Residues(structure.unflatten(levels), bits),
             bits=if_sent(message, bits * sizes),
@@ -133,9 +132,9 @@ def fixed_point(
 
     def decode(ctx, payload, layout, report):
         def leaf(x, like):
-            x = (x << (32 - bits)).astype(jnp.int32) >> (32 - bits)  # with its sign
+            x = signed(x, bits)
             value = x.astype(jnp.float32) / jnp.float32(scale)
-            value = jnp.where(x == -(2 ** (bits - 1)), jnp.nan, value)
+            value = jnp.where(x == signed(no_sum(bits), bits), jnp.nan, value)
             return value.astype(like.dtype)
 
         leaves = jax.tree.leaves(payload.values)
@@ -152,6 +151,16 @@ def fixed_point(
         bound=unbounded if stochastic else times(scale),
         sensitivity=times(1 / scale),
     )
+
+
+def modulo(level: jax.Array, bits: int) -> jax.Array:
+    """Whole numbers modulo 2^bits, uint32."""
+    return level.astype(jnp.uint32) & np.uint32(2**bits - 1)
+
+
+def signed(residue: jax.Array | np.uint32, bits: int) -> jax.Array:
+    """The number from `-2^(bits - 1)` on that a residue stands for, int32."""
+    return jnp.left_shift(residue, 32 - bits).astype(jnp.int32) >> (32 - bits)
 
 
 def no_sum(bits: int) -> np.uint32:

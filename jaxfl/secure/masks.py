@@ -4,13 +4,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jaxfl.compress.vector import if_sent
 from jaxfl.core import Channel, Context, unchanged
 from jaxfl.secure.cost import traffic
-from jaxfl.secure.fixed import Residues, no_sum
+from jaxfl.secure.fixed import Residues, modulo, no_sum
 from jaxfl.secure.graph import Graph, complete, offsets
 
 
@@ -94,7 +93,7 @@ def secure_sum(graph: Callable[[int], Graph] = complete) -> Channel:
 
         x = x + _own(keys, ctx.client, x.size)
         x = jax.lax.fori_loop(0, len(steps), add, x)
-        x = x & np.uint32(2**message.payload.bits - 1)
+        x = modulo(x, message.payload.bits)
 
         k = jnp.minimum(chosen.neighbours, jnp.sum(ctx.alive) - 1)
         header = traffic(chosen._replace(neighbours=k), 0, 0).up
@@ -137,7 +136,7 @@ def secure_sum(graph: Callable[[int], Graph] = complete) -> Channel:
 
         x = jax.lax.fori_loop(0, n, without, x)
         holders = jax.lax.fori_loop(0, len(steps), count, sent.astype(jnp.int32))
-        x = x & np.uint32(2**payload.bits - 1)
+        x = modulo(x, payload.bits)
         x = jnp.where(jnp.all(holders >= chosen.threshold), x, no_sum(payload.bits))
         return unravel(x), server_state
 
