@@ -8,6 +8,8 @@ the round, the run, and what is looked at.
 from importlib.metadata import version
 
 from jaxfl import (
+    aggregate,
+    attack,
     communicate,
     compress,
     data,
@@ -91,11 +93,14 @@ __all__ = [
     "secure",
     # aggregators
     "Aggregator",
+    "aggregate",
     "total",
     "median",
     "dynamic_average",
     "mix",
     "topology",
+    # attacks
+    "attack",
     # the round
     "Federation",
     "Cohort",
