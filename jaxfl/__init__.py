@@ -25,9 +25,18 @@ from jaxfl import (
     tree,
 )
 from jaxfl.aggregate import dynamic_average, median, mix, total
+from jaxfl.algorithms.agnostic import agnostic
 from jaxfl.algorithms.fedavg import fedavg
+from jaxfl.algorithms.feddyn import feddyn
+from jaxfl.algorithms.fedexp import fedexp
+from jaxfl.algorithms.fednova import fednova
+from jaxfl.algorithms.fedopt import fedadagrad, fedadam, fedyogi
+from jaxfl.algorithms.fedprox import fedprox
 from jaxfl.algorithms.isolated import isolated
 from jaxfl.algorithms.local_models import local_models
+from jaxfl.algorithms.mime import mime
+from jaxfl.algorithms.qfedavg import qfedavg
+from jaxfl.algorithms.scaffold import scaffold
 from jaxfl.channel import at_client, at_server, chain, gate, identity, mean, on, tap
 from jaxfl.conv import matmul_conv
 from jaxfl.core import (
@@ -71,6 +80,17 @@ __all__ = [
     "Context",
     "Outcome",
     "fedavg",
+    "fedadagrad",
+    "fedadam",
+    "fedyogi",
+    "fedprox",
+    "scaffold",
+    "feddyn",
+    "fednova",
+    "mime",
+    "fedexp",
+    "qfedavg",
+    "agnostic",
     "isolated",
     "local_models",
     "local",

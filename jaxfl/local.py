@@ -64,6 +64,101 @@ def require_one_each(losses: jax.Array, size: int) -> None:
         )
 
 
+def tilted(gradient: Gradient, direction: Params) -> Gradient:
+    """The gradient of `F(w) + <direction, w>`: a correction that stays as it is.
+
+    Args:
+      gradient: see `gradient`.
+      direction: shaped as the parameters.
+
+    >>> slope = gradient(lambda w, batch, key: 0.5 * (w - batch) ** 2)
+    >>> batch, mask = jnp.array([1.0, 3.0]), jnp.array([True, True])
+    >>> tilted(slope, jnp.float32(5.0))(jnp.float32(0.0), batch, mask, None)[1].item()
+    3.0
+    """
+
+    def corrected(params, batch, mask, key):
+        value, grads = gradient(params, batch, mask, key)
+        return value, optax.tree.add(grads, direction)
+
+    return corrected
+
+
+def proximal(mu: float | jax.Array) -> optax.GradientTransformation:
+    """Draws a client back to where it began: adds `mu (w - w_start)` to its gradient.
+
+    As the first of a chain, `optax.chain(proximal(mu), optax.sgd(0.1))`, it makes any
+    client optimiser minimise `F_k(w) + mu/2 ||w - w_start||^2`.
+
+    Args:
+      mu: at least 0; may be traced.
+
+    Raises:
+      ValueError: if mu is negative.
+
+    >>> start = jnp.float32(1.0)
+    >>> transform = proximal(0.5)
+    >>> transform.update(jnp.float32(0.0), transform.init(start), start + 2.0)[0].item()
+    1.0
+    """
+    if isinstance(mu, int | float) and not mu >= 0:
+        raise ValueError(f"mu must be at least 0, got {mu}.")
+
+    def update(updates, start, params=None):
+        pull = optax.tree.sub(params, start)
+        return jax.tree.map(lambda g, d: (g + mu * d).astype(g.dtype), updates, pull), (
+            start
+        )
+
+    return optax.GradientTransformation(lambda params: params, update)
+
+
+def full_gradient(
+    key: jax.Array,
+    gradient: Gradient,
+    params: Params,
+    data: ClientData,
+    batch_size: int | None = None,
+) -> tuple[jax.Array, Params]:
+    """The mean loss of all of a client's examples, and its gradient.
+
+    Args:
+      key: for losses that draw.
+      gradient: see `gradient`.
+      params: where.
+      data: ONE client's examples; without any both are 0.
+      batch_size: examples at a time, so many as fit in memory; all at once if None.
+
+    Returns:
+      `F_k(params)`, and its gradient, in the dtypes that `gradient` gives.
+
+    >>> from jaxfl import from_arrays
+    >>> data = from_arrays(jnp.zeros(3), jnp.array([1.0, 2.0, 6.0]), [0, 0, 0])
+    >>> slope = gradient(lambda w, batch, key: 0.5 * (w - batch["y"]) ** 2)
+    >>> value, grads = full_gradient(
+    ...     jax.random.key(0), slope, jnp.float32(0.0), data[0], batch_size=2)
+    >>> round(value.item(), 3), grads.item()
+    (6.833, -3.0)
+    """
+    longest = max(1, data.longest)
+    batch = min(batch_size or longest, longest)
+
+    def on_batch(i, carry):
+        place = i * batch + jnp.arange(batch)
+        mask = place < data.size
+        got = gradient(params, data.take(place), mask, jax.random.fold_in(key, i))
+        share = jnp.sum(mask) / jnp.maximum(data.size, 1)
+        return jax.tree.map(
+            lambda total, x: total + (share * x).astype(x.dtype), carry, got
+        )
+
+    shapes = jax.eval_shape(
+        gradient, params, data.take(jnp.arange(batch)), jnp.ones(batch, bool), key
+    )
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.fori_loop(0, -(-longest // batch), on_batch, zeros)
+
+
 class Work(TypedDict, total=False):
     """How a client works in a round: options that every local trainer shares.
 

@@ -139,6 +139,46 @@ PARTS = {
         mean(),
         jaxfl.total(),
     ),
+    "fedprox": lambda h: (
+        jaxfl.fedprox(toy.loss, optax.sgd(0.1), 0.3 * h, jaxfl.fedadam(0.1)),
+        mean(),
+        jaxfl.total(),
+    ),
+    "scaffold": lambda h: (
+        jaxfl.scaffold(toy.loss, 0.1 * h, optax.sgd(0.7), batch_size=2),
+        mean(),
+        jaxfl.total(),
+    ),
+    "feddyn": lambda h: (
+        jaxfl.feddyn(toy.loss, optax.sgd(0.1), 0.5 * h, batch_size=2),
+        mean(),
+        jaxfl.total(),
+    ),
+    "fednova": lambda h: (
+        jaxfl.fednova(toy.loss, optax.sgd(0.1 * h, 0.5), batch_size=2),
+        mean(),
+        jaxfl.total(),
+    ),
+    "mime": lambda h: (
+        jaxfl.mime(toy.loss, optax.adam(0.1 * h), batch_size=2),
+        mean(),
+        jaxfl.total(),
+    ),
+    "fedexp": lambda h: (
+        jaxfl.fedexp(toy.loss, optax.sgd(0.1), 0.1 * h, batch_size=2),
+        mean(),
+        jaxfl.total(),
+    ),
+    "qfedavg": lambda h: (
+        jaxfl.qfedavg(toy.loss, 0.1, 1.5 * h, batch_size=2),
+        mean(),
+        jaxfl.total(),
+    ),
+    "agnostic": lambda h: (
+        jaxfl.agnostic(toy.loss, optax.sgd(0.1), 0.1 * h, toy.N, batch_size=2),
+        mean(),
+        jaxfl.total(),
+    ),
     # channels
     "identity": lambda h: (descent(0.1 * h), jaxfl.identity(), jaxfl.total()),
     "mean": lambda h: (descent(0.1 * h), mean(), jaxfl.total()),
