@@ -26,15 +26,21 @@ from jaxfl import (
 )
 from jaxfl.aggregate import dynamic_average, median, mix, total
 from jaxfl.algorithms.agnostic import agnostic
+from jaxfl.algorithms.apfl import apfl
+from jaxfl.algorithms.ditto import ditto
 from jaxfl.algorithms.fedavg import fedavg
 from jaxfl.algorithms.feddyn import feddyn
 from jaxfl.algorithms.fedexp import fedexp
 from jaxfl.algorithms.fednova import fednova
 from jaxfl.algorithms.fedopt import fedadagrad, fedadam, fedyogi
+from jaxfl.algorithms.fedper import fedper
 from jaxfl.algorithms.fedprox import fedprox
+from jaxfl.algorithms.ifca import ifca
 from jaxfl.algorithms.isolated import isolated
 from jaxfl.algorithms.local_models import local_models
 from jaxfl.algorithms.mime import mime
+from jaxfl.algorithms.perfedavg import per_fedavg
+from jaxfl.algorithms.pfedme import pfedme
 from jaxfl.algorithms.qfedavg import qfedavg
 from jaxfl.algorithms.scaffold import scaffold
 from jaxfl.channel import at_client, at_server, chain, gate, identity, mean, on, tap
@@ -91,6 +97,12 @@ __all__ = [
     "fedexp",
     "qfedavg",
     "agnostic",
+    "ditto",
+    "apfl",
+    "pfedme",
+    "per_fedavg",
+    "fedper",
+    "ifca",
     "isolated",
     "local_models",
     "local",

@@ -399,28 +399,17 @@ def _entry(key: str):
 def _arrays(chosen: Callable[[str], bool]):
     """How to check for, take and put the arrays whose path is chosen."""
 
-    def named(payload):
-        leaves = jax.tree_util.tree_leaves_with_path(payload)
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): x
-            for path, x in leaves
-        }
-
     def take(payload):
-        return {path: x for path, x in named(payload).items() if chosen(path)}
+        return {path: x for path, x in tree.named(payload).items() if chosen(path)}
 
     def check(payload, channel):
         if not take(payload):
-            raise ValueError(f"on: part chooses none of {[*named(payload)]}.")
+            raise ValueError(f"on: part chooses none of {[*tree.named(payload)]}.")
         sent = jax.eval_shape(channel.sends, take(payload))
         if jax.tree.structure(sent) != jax.tree.structure(take(payload)):
             raise TypeError("on: channel must send one array for each that is chosen.")
 
-    def put(payload, arrays):
-        every = named(payload) | arrays
-        return jax.tree.structure(payload).unflatten(every.values())
-
-    return check, take, put
+    return check, take, tree.with_named
 
 
 def encode_part(

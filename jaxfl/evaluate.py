@@ -114,6 +114,137 @@ def on_server(
     return jax.tree_util.Partial(evaluate, examples)
 
 
+def the_federated(params: Params, own: PyTree, data: ClientData, key) -> Params:
+    """The model that a client uses if it uses the federated one."""
+    del own, data, key
+    return params
+
+
+def fine_tuned(
+    loss: local.Loss,
+    optimizer: optax.GradientTransformation,
+    **work: Unpack[local.Work],
+) -> Callable:
+    """The federated model after some training at each client: `on_clients(model=...)`.
+
+    Args:
+      loss: `(params, batch, key) -> [B]`.
+      optimizer: any optax optimiser.
+      **work: how much, see `local.Work`.
+
+    Returns:
+      `(params, own, data, key) -> params`, for one client.
+    """
+    local.check_work(**work)
+    gradient = local.gradient(loss)
+
+    def model(params, own, data, key):
+        return local.train(key, gradient, optimizer, params, data, **work).params
+
+    return model
+
+
+def on_clients(
+    metrics: ExampleMetrics,
+    heldout: ClientData,
+    data: ClientData | None = None,
+    *,
+    model: Callable = the_federated,
+    key: jax.Array | None = None,
+    chunk_size: int | None = None,
+) -> Callable[[State], dict[str, jax.Array]]:
+    """Evaluates each client's model on its own held-out examples.
+
+    How good it is for whom: the mean says nothing of who loses. `quantiles` makes a
+    table of what it returns, over the clients.
+
+    Args:
+      metrics: `(params, batch) -> {name: [B]}`, for instance `model.metrics`.
+      heldout: the clients' own, N of them.
+      data: what they train on, if `model` does; N clients too.
+      model: `(params, own, data, key) -> params`, what a client predicts with, of the
+        federated model, its row of `state.clients.algorithm`, and its training data:
+        the federated model, by default. `fine_tuned(...)`;
+        `lambda params, own, data, key: own` for Ditto and nodes with models of their
+        own; with `tree.with_named(params, own)` for `fedper`.
+      key: for models that draw.
+      chunk_size: clients evaluated at once; None for all.
+
+    Returns:
+      `state -> {name: float32 [N]}`, NaN for a client without held-out examples.
+
+    Raises:
+      ValueError: if data has another number of clients than heldout.
+
+    >>> from jaxfl import fedavg, federate, from_arrays
+    >>> def loss(w, batch, key):
+    ...     return (batch["y"] - w) ** 2
+    >>> y = jnp.array([0.0, 2.0, 2.0])
+    >>> clients = from_arrays(y, y, client_ids=[0, 1, 1])
+    >>> state = federate(fedavg(loss, optax.sgd(1.0)), mean()).init(
+    ...     jnp.float32(0), clients)
+    >>> def metrics(w, batch):
+    ...     return {"loss": loss(w, batch, None)}
+    >>> on_clients(metrics, clients)(state)["loss"].tolist()
+    [0.0, 4.0]
+    >>> tuned = fine_tuned(loss, optax.sgd(0.5))
+    >>> on_clients(metrics, clients, clients, model=tuned)(state)["loss"].tolist()
+    [0.0, 0.0]
+    """
+    data = heldout if data is None else data
+    if data.num_clients != heldout.num_clients:
+        raise ValueError(
+            f"data has {data.num_clients} clients and heldout {heldout.num_clients}."
+        )
+    key = jax.random.key(0) if key is None else key
+    n = heldout.num_clients
+
+    def evaluate(heldout, data, key, state):
+        def of_one(shared, x):
+            params, heldout, data, key = shared
+            i, own = x
+            its = model(params, own, data[i], jax.random.fold_in(key, i))
+            place = jnp.arange(max(1, heldout.longest))
+            mask = place < heldout[i].size
+            each = metrics(its, heldout[i].take(place))
+            means = jax.tree.map(
+                lambda m: jnp.sum(jnp.where(mask, m, 0)) / jnp.sum(mask), each
+            )
+            return (), jax.tree.map(jnp.float32, means)
+
+        shared = state.params, heldout, data, key
+        xs = jnp.arange(n), state.clients.algorithm
+        return map_clients(of_one, shared, xs, chunk_size=chunk_size)[1]
+
+    return jax.tree_util.Partial(evaluate, heldout, data, key)
+
+
+def quantiles(
+    values: Any, at: tuple[float, ...] = (0.1, 0.5, 0.9)
+) -> dict[str, np.ndarray]:
+    """Mean, quantiles and spread of a metric over the clients, the last axis.
+
+    Args:
+      values: `[..., N]`, NaN for clients that are left out.
+      at: which quantiles.
+
+    Returns:
+      `{"mean", "std", "worst", "p10", "p50", "p90"}`, arrays `[...]`; `worst` is the
+      least, and q-fair learning's measure of fairness is `std`, squared.
+
+    >>> {k: v.item() for k, v in quantiles(np.arange(11.0), at=(0.1,)).items()}
+    {'mean': 5.0, 'std': 3.1622776601683795, 'worst': 0.0, 'p10': 1.0}
+    """
+    values = np.asarray(values, np.float64)
+    summary = {
+        "mean": np.nanmean(values, -1),
+        "std": np.nanstd(values, -1),
+        "worst": np.nanmin(values, -1),
+    }
+    each = np.nanquantile(values, at, axis=-1)
+    return summary | {f"p{100 * q:g}": x for q, x in zip(at, each, strict=True)}
+
+
 class Comparison(NamedTuple):
     """The histories of the same model, data and budget in three regimes.
 

@@ -84,14 +84,17 @@ def tilted(gradient: Gradient, direction: Params) -> Gradient:
     return corrected
 
 
-def proximal(mu: float | jax.Array) -> optax.GradientTransformation:
-    """Draws a client back to where it began: adds `mu (w - w_start)` to its gradient.
+def proximal(
+    mu: float | jax.Array, centre: Params | None = None
+) -> optax.GradientTransformation:
+    """Draws a client to a model: adds `mu (w - centre)` to its gradient.
 
     As the first of a chain, `optax.chain(proximal(mu), optax.sgd(0.1))`, it makes any
-    client optimiser minimise `F_k(w) + mu/2 ||w - w_start||^2`.
+    client optimiser minimise `F_k(w) + mu/2 ||w - centre||^2`.
 
     Args:
       mu: at least 0; may be traced.
+      centre: shaped as the parameters; where the client began, if None.
 
     Raises:
       ValueError: if mu is negative.
@@ -104,13 +107,15 @@ def proximal(mu: float | jax.Array) -> optax.GradientTransformation:
     if isinstance(mu, int | float) and not mu >= 0:
         raise ValueError(f"mu must be at least 0, got {mu}.")
 
-    def update(updates, start, params=None):
-        pull = optax.tree.sub(params, start)
-        return jax.tree.map(lambda g, d: (g + mu * d).astype(g.dtype), updates, pull), (
-            start
-        )
+    def init(params):
+        return params if centre is None else ()
 
-    return optax.GradientTransformation(lambda params: params, update)
+    def update(updates, state, params=None):
+        pull = optax.tree.sub(params, state if centre is None else centre)
+        pulled = jax.tree.map(lambda g, d: (g + mu * d).astype(g.dtype), updates, pull)
+        return pulled, state
+
+    return optax.GradientTransformation(init, update)
 
 
 def full_gradient(

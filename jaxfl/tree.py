@@ -69,7 +69,7 @@ def mask(flag: jax.Array, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.where(flag, x, jnp.zeros_like(x)), tree)
 
 
-def scale(scalar: jax.Array, tree: PyTree) -> PyTree:
+def scale(scalar: jax.Array | float, tree: PyTree) -> PyTree:
     """The tree times a scalar, each leaf in the dtype it had.
 
     >>> scale(jnp.float32(2.0), jnp.ones(2, jnp.bfloat16)).dtype
@@ -78,7 +78,7 @@ def scale(scalar: jax.Array, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: (x * scalar).astype(x.dtype), tree)
 
 
-def divide(tree: PyTree, scalar: jax.Array) -> PyTree:
+def divide(tree: PyTree, scalar: jax.Array | float) -> PyTree:
     """The tree over a scalar, each leaf in the dtype it had.
 
     What is subtracted from a model is rounded once, wherever it is subtracted: of a
@@ -113,6 +113,28 @@ def mean_rows(flags: jax.Array, tree: PyTree) -> PyTree:
     zeros = jax.tree.map(jnp.zeros_like, tree)
     summed = jax.tree.map(lambda x: jnp.sum(x, 0), where_rows(flags, tree, zeros))
     return divide(summed, jnp.maximum(jnp.sum(flags), 1).astype(jnp.float32))
+
+
+def named(tree: PyTree) -> dict[str, Any]:
+    """The leaves by their paths.
+
+    >>> named({"dense": {"kernel": 1, "bias": 2}})
+    {'dense/bias': 2, 'dense/kernel': 1}
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves
+    }
+
+
+def with_named(tree: PyTree, leaves: dict[str, Any]) -> PyTree:
+    """The tree with these leaves in place of those of the same paths.
+
+    >>> with_named({"dense": {"kernel": 1, "bias": 2}}, {"dense/kernel": 3})
+    {'dense': {'bias': 2, 'kernel': 3}}
+    """
+    every = named(tree) | leaves
+    return jax.tree.structure(tree).unflatten(every.values())
 
 
 def is_key(x: Any) -> bool:

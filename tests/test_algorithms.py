@@ -228,7 +228,7 @@ def test_adaptive_servers(name):
         x = x + eta * m / (np.sqrt(v) + tau)
         step, state = transform.update(jnp.float32(delta), state)
         got = optax.apply_updates(got, step)
-    np.testing.assert_allclose(got, x, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(got), x, rtol=1e-5)
 
 
 # ------------------------------------------------------------ where they end
@@ -289,9 +289,8 @@ def test_fednova_removes_the_bias_of_unequal_steps():
         np.einsum("n,nij->ij", steps, A), np.einsum("n,nij,nj->i", steps, A, B)
     )
     assert np.linalg.norm(counted - OPTIMUM) > 0.15
-    work = {"batch_size": 1}
-    plain = run(jaxfl.fedavg(loss, optax.sgd(rate), **work), 4000, RAGGED).params
-    nova = run(jaxfl.fednova(loss, optax.sgd(rate), **work), 4000, RAGGED).params
+    plain = run(jaxfl.fedavg(loss, optax.sgd(rate), batch_size=1), 4000, RAGGED).params
+    nova = run(jaxfl.fednova(loss, optax.sgd(rate), batch_size=1), 4000, RAGGED).params
     assert np.linalg.norm(plain - counted) < 0.05
     assert np.linalg.norm(nova - OPTIMUM) < 0.05
 

@@ -100,6 +100,16 @@ def private(h):
     return jaxfl.fedavg(loss, optax.sgd(0.1), batch_size=3, steps=2, poisson=True)
 
 
+def clustered(h):
+    """Begun with two models, where the laws begin all parts with one."""
+    algorithm = jaxfl.ifca(toy.loss, optax.sgd(0.1 * h), 2, batch_size=2)
+
+    def init(params):
+        return algorithm.init(jax.tree.map(lambda x: jnp.stack([x, x + 1]), params))
+
+    return algorithm._replace(init=init)
+
+
 RING = jaxfl.topology.ring(toy.N)
 BANDED = ColumnNormalizedBanded.default(4, 2).inverse_as_streaming_matrix()
 TREE = privacy.tree_aggregation(4, restart=3)
@@ -179,6 +189,34 @@ PARTS = {
         mean(),
         jaxfl.total(),
     ),
+    "ditto": lambda h: (
+        jaxfl.ditto(toy.loss, optax.sgd(0.1), 0.5 * h, batch_size=2),
+        mean(),
+        jaxfl.total(),
+    ),
+    "apfl": lambda h: (
+        jaxfl.apfl(toy.loss, optax.sgd(0.1), 0.5 * h, 0.1, batch_size=2),
+        mean(),
+        jaxfl.total(),
+    ),
+    "pfedme": lambda h: (
+        jaxfl.pfedme(toy.loss, 0.1, h, optax.sgd(0.1), 2, batch_size=2),
+        mean(),
+        jaxfl.total(),
+    ),
+    "per_fedavg": lambda h: (
+        jaxfl.per_fedavg(toy.loss, optax.sgd(0.1), 0.2 * h, batch_size=2),
+        mean(),
+        jaxfl.total(),
+    ),
+    "fedper": lambda h: (
+        jaxfl.fedper(
+            *(toy.loss, optax.sgd(0.1 * h), lambda path: path == "b"), head_steps=1
+        ),
+        mean(),
+        jaxfl.total(),
+    ),
+    "ifca": lambda h: (clustered(h), mean(), jaxfl.total()),
     # channels
     "identity": lambda h: (descent(0.1 * h), jaxfl.identity(), jaxfl.total()),
     "mean": lambda h: (descent(0.1 * h), mean(), jaxfl.total()),

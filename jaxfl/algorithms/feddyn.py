@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, Unpack
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -19,7 +20,7 @@ class FedDynState(NamedTuple):
 def feddyn(
     loss: local.Loss,
     client_optimizer: optax.GradientTransformation,
-    alpha: float,
+    alpha: float | jax.Array,
     **work: Unpack[local.Work],
 ) -> Algorithm:
     """Dynamic regularisation: clients' optima are made to agree with the federation's.
@@ -50,7 +51,6 @@ def feddyn(
     Raises:
       ValueError: if alpha is not positive; as `fedavg`.
 
-    >>> import jax
     >>> from jaxfl import federate, from_arrays, mean, simulate
     >>> def loss(w, batch, key):
     ...     return 0.5 * batch["x"] * (w - batch["y"]) ** 2
