@@ -78,6 +78,7 @@ def test_every_experiment_is_tested_here():
         *("kamp2018", "threshold_front", "compression2017", "error_feedback"),
         "secure_cost",
         *("dp_fedavg", "dp_ftrl2021"),
+        "scaffold2020",
     }
 
 
@@ -294,6 +295,25 @@ def test_threshold_front(tmp_path):
         )
     assert best == sorted(best, key=lambda p: p["megabytes"])
     assert "always float32" in printed
+
+
+def test_scaffold2020(tmp_path):
+    summary, rows, printed = results(tmp_path, "scaffold2020")
+    rounds = summary["rounds"]
+    assert len(rounds) == 2 * (1 + 3 * 2)
+    assert {r["algorithm"] for r in rows} == {"SGD", "SCAFFOLD", "FedAvg", "FedProx"}
+    for name, least in rounds.items():  # the table is the history's first round there
+        algorithm, epochs, share = name.split(", ")
+        runs = [
+            r
+            for r in rows
+            if (r["algorithm"], r["epochs"]) == (algorithm, epochs.split()[0])
+            and float(r["share"]) == float(share)
+        ]
+        there = [int(r["round"]) for r in runs if float(r["accuracy"]) >= 0.7]
+        assert least == (min(there) if there else None)
+    assert rounds["SCAFFOLD, 5 epochs, 1"] <= rounds["SGD, 1 epochs, 1"]
+    assert "% alike" in printed
 
 
 def test_secure_cost(tmp_path):

@@ -19,6 +19,7 @@ from jaxfl.data.partition import (
     natural,
     quantity_skew,
     shards,
+    similarity,
 )
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "dominant_class",
     "dirichlet",
     "shards",
+    "similarity",
     "quantity_skew",
     "natural",
     "mnist",

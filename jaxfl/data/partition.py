@@ -214,6 +214,47 @@ def shards(
     return ids
 
 
+def similarity(labels: Any, *, num_clients: int, share: float, seed: int) -> np.ndarray:
+    """Deals a share of the examples at random, and the rest sorted by class.
+
+    Every client gets as many of either. A share of 1 is IID; of 0, each client has a
+    run of the sorted examples: one class or two, where there are more clients than
+    classes. Sizes differ by two at most.
+
+    Args:
+      labels: `[E]`.
+      num_clients: N, at most E.
+      share: what is dealt at random, from 0 to 1; the paper's s %.
+      seed: of the draw and the deal.
+
+    Returns:
+      Client ids, int32 `[E]`.
+
+    Raises:
+      ValueError: `labels` are not `[E]`, there are more clients than examples, or share
+        is out of its range.
+
+    Example:
+      >>> similarity([2, 0, 1, 2, 0, 1], num_clients=3, share=0.0, seed=0)
+      array([2, 0, 1, 2, 0, 1], dtype=int32)
+
+    Reference: Karimireddy et al. 2020, arXiv:1910.06378, section 7, after Hsu et al.
+      2019, arXiv:1909.06335.
+    """
+    labels = np.asarray(labels)
+    examples = _num_examples(labels, at_least=_clients(num_clients))
+    if not 0 <= share <= 1:
+        raise ValueError(f"share was {share}; it should be from 0 to 1")
+    drawn = np.random.default_rng(seed).permutation(examples)
+    alike, rest = np.split(drawn, [round(share * examples)])
+    in_order = rest[np.lexsort((rest, labels[rest]))]
+    ids = np.empty(examples, np.int32)
+    for rows in (alike, in_order):
+        for client, part in enumerate(np.array_split(rows, num_clients)):
+            ids[part] = client
+    return ids
+
+
 def quantity_skew(
     labels: Any, *, num_clients: int, sigma: float, seed: int
 ) -> np.ndarray:

@@ -14,6 +14,7 @@ from jaxfl.data import (
     natural,
     quantity_skew,
     shards,
+    similarity,
 )
 
 LABELS = np.random.default_rng(7).integers(10, size=20_000)
@@ -23,6 +24,7 @@ PARTITIONS = {
     "dominant_class": functools.partial(dominant_class, bias=0.9),
     "dirichlet": functools.partial(dirichlet, alpha=0.5),
     "shards": shards,
+    "similarity": functools.partial(similarity, share=0.3),
     "quantity_skew": functools.partial(quantity_skew, sigma=1.0),
 }
 every_partition = pytest.mark.parametrize(
@@ -206,6 +208,22 @@ def test_shards_of_a_large_set_are_stretches_of_the_stable_sort():
     assert (in_order.reshape(100, 200) == in_order[::200, None]).all()
 
 
+def test_similarity_is_a_share_at_random_and_the_rest_in_order():
+    labels = np.repeat(np.arange(10), 600)[np.random.default_rng(0).permutation(6000)]
+    ids = similarity(labels, num_clients=100, share=0.0, seed=0)
+    table = counts(ids, labels, 100)
+    assert (np.count_nonzero(table, axis=1) == 1).all()  # 10 clients a class
+    assert (table.sum(1) == 60).all() and (table.sum(0) == 600).all()
+    ids = similarity(labels, num_clients=100, share=0.1, seed=0)
+    sizes = np.bincount(ids)
+    assert sizes.sum() == 6000 and np.ptp(sizes) <= 2
+    # Of its 60, 54 are of one class, or of two where the draw has shifted the order.
+    top_two = np.sort(counts(ids, labels, 100), axis=1)[:, -2:].sum(1)
+    assert (top_two >= 54).all() and (top_two < 60).any()
+    table = counts(similarity(labels, num_clients=10, share=1.0, seed=0), labels, 10)
+    assert dependence_p_value(table) > 0.01
+
+
 def test_shards_that_do_not_divide_differ_by_one():
     sizes = np.bincount(shards(LABELS[:107], num_clients=5, seed=0))
     assert sizes.sum() == 107 and sizes.min() >= 20 and sizes.max() <= 22
@@ -301,6 +319,11 @@ def test_natural_ids_are_dense_and_sorted():
             lambda: shards(LABELS, num_clients=2, shards_per_client=0, seed=0),
         ),
         (ValueError, "at least 4", lambda: shards([1, 2], num_clients=2, seed=0)),
+        (
+            ValueError,
+            "share was 1.5",
+            lambda: similarity(LABELS, num_clients=2, share=1.5, seed=0),
+        ),
         (
             ValueError,
             "sigma was -1",

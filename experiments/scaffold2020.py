@@ -1,0 +1,240 @@
+"""Rounds to a target accuracy, against how alike clients are and how long they train.
+
+Karimireddy et al. 2020, arXiv:1910.06378, section 7: 100 clients, of which 20 % take
+part in a round; an epoch is five steps of a fifth of a client's examples; each has a
+share of its examples drawn at random and the rest sorted by class. SGD (one step on all
+the examples of the clients of a round), FedAvg, FedProx and SCAFFOLD, each with the
+best of some learning rates. The paper's data are EMNIST; here it is MNIST.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.progress
+
+import jaxfl
+from experiments import common
+from jaxfl import models
+from jaxfl.data import from_arrays, mnist, similarity
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Logistic regression to a target accuracy."""
+
+    preset: Literal["ci", "full"]
+    """Where the other settings start from: a small run, or the whole one."""
+    shares: tuple[float, ...]
+    """Of each client's examples that are drawn at random."""
+    epochs: tuple[int, ...]
+    """Of local training in a round."""
+    learning_rates: tuple[float, ...]
+    """Of the clients; each algorithm has the one that is best for it."""
+    most: int
+    """Rounds after which a run is given up."""
+    seeds: int
+    """Of initial weights, cohorts and batches."""
+    target: float = 0.85
+    """The test accuracy to reach; the paper's on EMNIST is 0.5."""
+    data: Literal["embedded", "files", "tfds"] = "embedded"
+    """The subset in the package, the original files in $JAXFL_DATA_DIR, or TFDS."""
+    clients: int = 100
+    """N."""
+    cohort: int = 20
+    """K."""
+    mu: float = 1.0
+    """FedProx's, as in the paper."""
+    segment: int = 25
+    """Rounds from one look at whether the target is reached to the next."""
+
+
+PRESETS = {
+    "ci": Settings(
+        *("ci", (0.0, 1.0), (1, 5), (0.03, 0.1)),
+        *(25, 1),
+        target=0.7,
+        segment=5,
+    ),
+    "full": Settings(
+        *("full", (0.0, 0.1, 1.0), (1, 5, 10, 20), (0.003, 0.01, 0.03, 0.1, 0.3)),
+        *(500, 3),
+    ),
+}
+
+
+def algorithms(config, loss, epochs, batch_size):
+    """By name, from a learning rate."""
+    work = {"batch_size": batch_size, "epochs": epochs}
+
+    def sgd(rate):
+        return jaxfl.fedavg(loss, optax.sgd(rate), batch_size=None, epochs=1)
+
+    def fedavg(rate):
+        return jaxfl.fedavg(loss, optax.sgd(rate), **work)
+
+    def fedprox(rate):
+        return jaxfl.fedprox(loss, optax.sgd(rate), config.mu, **work)
+
+    def scaffold(rate):
+        return jaxfl.scaffold(loss, rate, **work)
+
+    return {"SGD": sgd, "SCAFFOLD": scaffold, "FedAvg": fedavg, "FedProx": fedprox}
+
+
+def rounds_to_target(config, algorithm_of, model, data, test):
+    """The first round at the target, `[rates, seeds]`, and all accuracies.
+
+    All learning rates and seeds run as one program, until all seeds of one of the rates
+    are there; of who is not, NaN.
+    """
+    rates, seeds = np.meshgrid(
+        np.float32(config.learning_rates), np.arange(config.seeds), indexing="ij"
+    )
+    keys = jax.vmap(jax.random.key)(seeds.ravel())
+    evaluate = jaxfl.on_server(model.metrics, test)
+
+    def federation_of(rate):
+        return jaxfl.federate(algorithm_of(rate), jaxfl.mean())
+
+    @jax.jit
+    @jax.vmap
+    def begin(rate, key):
+        return federation_of(rate).init(model.init(key), data)
+
+    @jax.jit
+    @jax.vmap
+    def segment(rate, key, state):
+        return jaxfl.scan_rounds(
+            *(federation_of(rate), state, data),
+            rounds=config.segment,
+            key=key,
+            cohort_size=config.cohort,
+            evaluate=evaluate,
+        )
+
+    flat = jnp.asarray(rates.ravel())
+    state, accuracy = begin(flat, keys), np.zeros((len(flat), 0))
+    while True:
+        state, (_, seen) = segment(flat, keys, state)
+        accuracy = np.concatenate([accuracy, seen["accuracy"]], 1)
+        there = accuracy >= config.target
+        reached = there.any(1).reshape(rates.shape)
+        if reached.all(1).any() or accuracy.shape[1] >= config.most:
+            break
+    first = np.where(there.any(1), 1.0 + there.argmax(1), np.nan).reshape(rates.shape)
+    return first, accuracy.reshape(*rates.shape, -1)
+
+
+def draw(config, table):
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(
+        *(1, len(config.shares)),
+        figsize=(3.4 * len(config.shares), 3.6),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    styles = {
+        "SGD": (common.BLACK, "--", ""),
+        "SCAFFOLD": (common.BLUE, "-", "o"),
+        "FedAvg": (common.RED, "-", "s"),
+        "FedProx": (common.ORANGE, "-", "^"),
+    }
+    for axes, share in zip(panels[0], config.shares, strict=True):
+        for name, (colour, line, marker) in styles.items():
+            rounds = [
+                table[share, epochs, name] if name != "SGD" else table[share, 1, name]
+                for epochs in config.epochs
+            ]
+            axes.plot(
+                config.epochs, rounds, line, color=colour, marker=marker, label=name
+            )
+        axes.set_title(f"{100 * share:g} % drawn at random", fontsize=10)
+        axes.set(xlabel="local epochs in a round", xscale="log", yscale="log")
+        axes.set_xticks(config.epochs, list(map(str, config.epochs)))
+        axes.minorticks_off()
+    panels[0, 0].set_ylabel(f"rounds to {100 * config.target:g} % test accuracy")
+    panels[0, -1].legend(frameon=False, fontsize=8)
+    for axes in panels[0]:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def main() -> None:
+    config = common.settings(PRESETS, __doc__)
+    train, test = mnist(config.data)
+    model = models.from_linen(models.logistic_regression(), train["x"][:1])
+    batch_size = len(train["y"]) // config.clients // 5
+    table, best, points = {}, {}, []
+    cells = [
+        (share, epochs, name)
+        for share in config.shares
+        for epochs in config.epochs
+        for name in ("SGD", "SCAFFOLD", "FedAvg", "FedProx")
+        if name != "SGD" or epochs == config.epochs[0]
+    ]
+    for share, epochs, name in rich.progress.track(cells, "cells"):
+        ids = similarity(train["y"], num_clients=config.clients, share=share, seed=0)
+        data = from_arrays(train["x"], train["y"], ids, config.clients)
+        data = jax.tree.map(jnp.asarray, data)
+        of_rate = algorithms(config, model.loss, epochs, batch_size)[name]
+        first, accuracy = rounds_to_target(config, of_rate, model, data, test)
+        mean = first.mean(1)  # NaN unless all seeds are there
+        at = int(np.nanargmin(mean)) if np.isfinite(mean).any() else -1
+        at_epochs = 1 if name == "SGD" else epochs
+        table[share, at_epochs, name] = float(mean[at]) if at >= 0 else np.nan
+        best[share, at_epochs, name] = config.learning_rates[at] if at >= 0 else None
+        points += [
+            (share, at_epochs, name, rate, seed, r + 1, value)
+            for rate, of_rate in zip(config.learning_rates, accuracy, strict=True)
+            for seed, values in enumerate(of_rate)
+            for r, value in enumerate(values)
+        ]
+
+    folder = common.results_folder("scaffold2020")
+    summary = {
+        "rounds": {
+            f"{name}, {epochs} epochs, {share:g}": None if np.isnan(r) else r
+            for (share, epochs, name), r in table.items()
+        },
+        "learning rates": {
+            f"{name}, {epochs} epochs, {share:g}": rate
+            for (share, epochs, name), rate in best.items()
+        },
+        "settings": dataclasses.asdict(config),
+    }
+    common.save_summary(folder, summary)
+    columns = ("share", "epochs", "algorithm", "rate", "seed", "round", "accuracy")
+    common.save_history(folder, columns, points)
+    common.save_figure(folder, draw(config, table), "scaffold2020")
+
+    def cell(share, epochs, name):
+        rounds = table[share, epochs, name]
+        if np.isnan(rounds):
+            return f"> {config.most}"
+        ratio = table[share, 1, "SGD"] / rounds
+        return f"{rounds:.0f} ({ratio:.1f}x)"
+
+    rows = [("SGD", "1", *(cell(share, 1, "SGD") for share in config.shares))]
+    rows += [
+        (name, str(epochs), *(cell(share, epochs, name) for share in config.shares))
+        for name in ("SCAFFOLD", "FedAvg", "FedProx")
+        for epochs in config.epochs
+    ]
+    common.print_table(
+        f"Rounds to {100 * config.target:g} % on MNIST ({config.data}), and how many "
+        "times fewer than SGD; mean of "
+        f"{config.seeds} seeds, by the best of {len(config.learning_rates)} rates",
+        ("algorithm", "epochs", *(f"{100 * s:g} % alike" for s in config.shares)),
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    main()
