@@ -4,11 +4,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxfl import tree
-from jaxfl.aggregate.coordinates import ascending, check_cohort, check_liars, middle
+from jaxfl.aggregate.coordinates import (
+    BLOCK,
+    ascending,
+    by_blocks,
+    check_cohort,
+    check_liars,
+    middle,
+)
 from jaxfl.core import Aggregator, Payload
-
-# Coordinates of all clients that are compared at once: few enough to stay in a cache.
-_BLOCK = 1024
 
 
 def krum(f: int) -> Aggregator:
@@ -142,16 +146,19 @@ def bulyan(f: int) -> Aggregator:
 
         chosen = sent & ~jax.lax.fori_loop(0, len(sent), choose, sent)
 
-        def leaf(x):
-            values = ascending(x, chosen)
-            far = jnp.abs(values - middle(values, theta))
-            _, values = jax.lax.sort((far, values), dimension=0, num_keys=2)
-            rank = jnp.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1))
-            wide = jnp.where(rank < beta, values, 0).astype(jnp.float32)
-            return (jnp.sum(wide, 0) / jnp.maximum(beta, 1)).astype(x.dtype)
+        def block(x):
+            x = ascending(x, chosen)
+            centre, rank = middle(x, theta), jnp.arange(len(x))
+            # The nearest are a run of these: it begins where the lowest of a run is no
+            # further away than what comes after the run.
+            after = x.at[rank + beta].get(mode="fill", fill_value=jnp.inf)
+            first = jnp.sum(centre - x > after - centre, 0)
+            rank = rank[:, None]
+            near = jnp.where((rank >= first) & (rank < first + beta), x, 0)
+            return jnp.sum(near.astype(jnp.float32), 0) / jnp.maximum(beta, 1)
 
         enough = beta >= 3
-        payload = tree.mask(enough, jax.tree.map(leaf, payload))
+        payload = tree.mask(enough, by_blocks(block, payload))
         return payload, sent & enough, state
 
     return Aggregator(tree.of_floats("bulyan"), apply)
@@ -175,7 +182,7 @@ def squared_distances(payload: Payload) -> jax.Array:
 
     def leaf(x):
         x = x.reshape(len(x), -1)
-        width = min(_BLOCK, x.shape[1])
+        width = min(BLOCK, x.shape[1])
         blocks = x.shape[1] // width
 
         def add(i, summed):
