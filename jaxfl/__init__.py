@@ -24,7 +24,19 @@ from jaxfl import (
     topology,
     tree,
 )
-from jaxfl.aggregate import dynamic_average, median, mix, total
+from jaxfl.aggregate import (
+    bucketing,
+    bulyan,
+    centered_clip,
+    dynamic_average,
+    geometric_median,
+    krum,
+    median,
+    mix,
+    multi_krum,
+    total,
+    trimmed_mean,
+)
 from jaxfl.algorithms.fedavg import fedavg
 from jaxfl.algorithms.isolated import isolated
 from jaxfl.algorithms.local_models import local_models
@@ -96,6 +108,13 @@ __all__ = [
     "aggregate",
     "total",
     "median",
+    "trimmed_mean",
+    "krum",
+    "multi_krum",
+    "bulyan",
+    "geometric_median",
+    "centered_clip",
+    "bucketing",
     "dynamic_average",
     "mix",
     "topology",
