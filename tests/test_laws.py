@@ -178,6 +178,10 @@ PARTS = {
             privacy.gaussian(0.3),
         )
     ),
+    "zero_out": lambda h: around(chain(privacy.zero_out(2.0 * h), mean())),
+    "adaptive_zero_out": lambda h: around(
+        chain(privacy.adaptive_zero_out(0.5, 0.5 * h, increment=0.1), mean())
+    ),
     "randomised_response": lambda h: around(
         chain(jaxfl.clip(1.0), privacy.randomised_response(6.0 * h))
     ),
@@ -268,6 +272,24 @@ PARTS = {
     # aggregators
     "total": lambda h: (descent(0.1 * h), jaxfl.clip(h), jaxfl.total()),
     "median": lambda h: (descent(0.1 * h), jaxfl.clip(h), jaxfl.median()),
+    "trimmed_mean": lambda h: (
+        *(descent(0.1 * h), jaxfl.clip(h)),
+        jaxfl.trimmed_mean(1),
+    ),
+    "multi_krum": lambda h: (descent(0.1 * h), jaxfl.clip(h), jaxfl.multi_krum(1)),
+    "bulyan": lambda h: (descent(0.1 * h), jaxfl.clip(h), jaxfl.bulyan(0)),
+    "geometric_median": lambda h: (
+        *(descent(0.1 * h), jaxfl.identity()),
+        jaxfl.geometric_median(nu=1e-3 * h),
+    ),
+    "centered_clip": lambda h: (
+        *(descent(), jaxfl.identity()),
+        jaxfl.centered_clip(0.5 * h, iterations=2),
+    ),
+    "bucketing": lambda h: (
+        *(descent(0.1 * h), jaxfl.clip(h)),
+        jaxfl.bucketing(2, jaxfl.median()),
+    ),
     "counted median": lambda h: (descent(0.1 * h), jaxfl.clip(h), counted_median()),
     # liars
     "among": lambda h: around(

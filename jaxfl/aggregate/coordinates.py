@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxfl import tree
 from jaxfl.core import Aggregator
@@ -100,13 +101,13 @@ def check_liars(name: str, f: int | jax.Array) -> None:
     """Raises ValueError unless f, if it is not traced, is a number of clients."""
     if isinstance(f, jax.Array):
         return
-    if not isinstance(f, int) or f < 0:
+    if not isinstance(f, int | np.integer) or f < 0:
         raise ValueError(f"{name}: f must be a whole number of at least 0, got {f!r}.")
 
 
 def check_cohort(name: str, f: int | jax.Array, least: int, sent: jax.Array) -> None:
     """Raises ValueError for cohorts in which no round could be withstood."""
-    if isinstance(f, int) and len(sent) < least:
+    if not isinstance(f, jax.Array) and len(sent) < least:
         raise ValueError(
             f"{name}: f={f} needs at least {least} clients, the cohort has {len(sent)}."
         )
