@@ -127,10 +127,12 @@ def runs_of(config, model, defence: str):
             rounds=config.rounds,
             key=key,
             cohort_size=config.cohort,
-            evaluate=lambda state: {t: look(state) for t, look in looks.items()},
+            evaluate=lambda state: {
+                task: look(state)["accuracy"] for task, look in looks.items()
+            },
             every=config.rounds // config.evaluations,
         )
-        return {task: seen[task]["accuracy"] for task in tests}
+        return seen
 
     return run
 

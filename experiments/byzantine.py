@@ -261,7 +261,10 @@ def runs_of(config, model, rule: str):
 def draw(config, accuracy):
     """Cells with their numbers; a line where the paper's attacks end."""
     import matplotlib.pyplot as plt
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
 
+    shades = ScalarMappable(Normalize(0, 100), "cividis")
     rows, columns = len(config.rules), len(config.attacks)
     figure, all_axes = plt.subplots(
         len(accuracy),
@@ -270,9 +273,8 @@ def draw(config, accuracy):
         layout="constrained",
         squeeze=False,
     )
-    image = None
     for axes, (partition, grid) in zip(all_axes[:, 0], accuracy.items(), strict=True):
-        image = axes.imshow(100 * grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        axes.imshow(100 * grid, cmap=shades.cmap, norm=shades.norm, aspect="auto")
         for i, j in np.ndindex(grid.shape):
             dark = grid[i, j] < 0.55
             axes.text(
@@ -295,7 +297,7 @@ def draw(config, accuracy):
     all_axes[-1, 0].set_xlabel(
         f"attack of {config.liars} of {config.honest + config.liars} workers"
     )
-    figure.colorbar(image, ax=all_axes[:, 0], label="test accuracy (%)", pad=0.01)
+    figure.colorbar(shades, ax=all_axes[:, 0], label="test accuracy (%)", pad=0.01)
     return figure
 
 

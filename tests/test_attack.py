@@ -303,6 +303,7 @@ def mimicked(rounds, honest, warmup, drawn):
             z = turned if z is None else t / (1 + t) * z + turned / (1 + t)
             z /= np.linalg.norm(z)
             target = int(np.argmax(x @ z))
+        assert z is not None
         yield rows[target], z
 
 
@@ -340,6 +341,7 @@ def test_oja_finds_where_clients_differ_most():
         rows[:8] += place[:, None] * axis
         rows = rows.astype(np.float32)
         _, state = craft(attack.mimic(20), rows, honest, ~honest, state)
+    assert state is not None
     assert abs(np.asarray(state.z) @ axis) > 0.99
     assert int(state.target) in (0, 7)  # one of the two at the ends
 

@@ -10,7 +10,7 @@ from jaxfl import tree
 from jaxfl.core import Channel, Context, unchanged
 
 Clients = Any  # ids, or flags [N]
-Rounds = Callable[[jax.Array], jax.Array] | range | Any | None
+Rounds = Any  # None, a range, flags [R], or a predicate of the round
 
 
 def among(clients: Clients, channel: Channel, rounds: Rounds = None) -> Channel:
@@ -109,7 +109,8 @@ def schedule(rounds: Rounds) -> Callable[[jax.Array], jax.Array]:
     if rounds is None:
         return lambda round: jnp.array(True)
     if callable(rounds):
-        return rounds
+        predicate: Callable = rounds
+        return predicate
     if isinstance(rounds, range):
         if not len(rounds):
             return lambda round: jnp.array(False)

@@ -30,7 +30,7 @@ def sign_flip(factor: float = 1.0) -> Channel:
     Reference: Li, Xu, Chen, Giannakis, Ling 2019, arXiv:1811.03761, section 5;
     Karimireddy, He, Jaggi 2022, arXiv:2006.09365, section 6.
     """
-    return _instead("sign_flip", lambda ctx, x: tree.scale(-factor, x))
+    return _instead("sign_flip", lambda ctx, x: tree.scale(-jnp.float32(factor), x))
 
 
 def noise(std: float) -> Channel:
@@ -104,7 +104,7 @@ def scale(factor: float, norm: float | None = None) -> Channel:
 
     def make(ctx, payload):
         if norm is None:
-            return tree.scale(factor, payload)
+            return tree.scale(jnp.float32(factor), payload)
         size = tree.norm(payload)
         most = norm / jnp.where(size > 0, size, 1.0)
         return tree.scale(jnp.minimum(factor, most), payload)
