@@ -19,6 +19,7 @@ from jax_privacy.matrix_factorization.banded import ColumnNormalizedBanded
 import jaxfl
 from jaxfl import (
     Aggregator,
+    attack,
     chain,
     communicate,
     compress,
@@ -290,6 +291,23 @@ PARTS = {
         jaxfl.bucketing(2, jaxfl.median()),
     ),
     "counted median": lambda h: (descent(0.1 * h), jaxfl.clip(h), counted_median()),
+    # liars
+    "among": lambda h: around(
+        chain(
+            attack.among([1, 5], chain(attack.noise(h), noisy(h)), rounds=range(1)),
+            mean(),
+        )
+    ),
+    "collude, of a sum": lambda h: (
+        descent(0.1 * h),
+        mean(),
+        attack.collude(jaxfl.total(), [1, 5], attack.min_max()),
+    ),
+    "collude, with a memory": lambda h: (
+        descent(0.1 * h),
+        jaxfl.identity(),
+        attack.collude(jaxfl.median(), [1, 5], attack.mimic(2)),
+    ),
     # nodes with models of their own
     "local_models": lambda h: (nodes(h), mean(), jaxfl.total()),
     "dynamic_average": lambda h: (
