@@ -94,8 +94,13 @@ def _krum(name: str, f: int, m: int | None) -> Aggregator:
         scores = _scores(squared_distances(payload), sent, f)
         place = jnp.argsort(jnp.lexsort((ctx.roster, scores, ~sent)))
         enough = most > f
-        payload = tree.mean_rows((place < chosen) & enough, payload)
-        return payload, sent & enough, state
+        near = (place < chosen) & enough
+
+        def block(x):
+            wide = jnp.where(near[:, None], x, 0).astype(jnp.float32)
+            return jnp.sum(wide, 0) / jnp.maximum(jnp.sum(near), 1)
+
+        return by_blocks(block, payload), sent & enough, state
 
     return Aggregator(tree.of_floats(name), apply)
 

@@ -192,7 +192,8 @@ def zero_out(norm: float) -> Channel:
     """Replaces each update that is too large by zeros, as no honest one would be.
 
     `x 1[||x|| <= C]`, the norm over all leaves together. It counts still, as no change:
-    a client that was zeroed keeps its weight. `gate` is what leaves it out.
+    a client that was zeroed keeps its weight. `gate` is what leaves it out. A payload
+    that is not finite is too large.
 
     Client sends: the payload or zeros. Server sees: it, and whether it was zeroed.
     Bits: as before. Sensitivity: one client moves a sum by at most C.
