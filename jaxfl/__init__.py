@@ -24,7 +24,19 @@ from jaxfl import (
     topology,
     tree,
 )
-from jaxfl.aggregate import dynamic_average, median, mix, total
+from jaxfl.aggregate import (
+    bucketing,
+    bulyan,
+    centered_clip,
+    dynamic_average,
+    geometric_median,
+    krum,
+    median,
+    mix,
+    multi_krum,
+    total,
+    trimmed_mean,
+)
 from jaxfl.algorithms.agnostic import agnostic
 from jaxfl.algorithms.apfl import apfl
 from jaxfl.algorithms.ditto import ditto
@@ -128,6 +140,13 @@ __all__ = [
     "aggregate",
     "total",
     "median",
+    "trimmed_mean",
+    "krum",
+    "multi_krum",
+    "bulyan",
+    "geometric_median",
+    "centered_clip",
+    "bucketing",
     "dynamic_average",
     "mix",
     "topology",

@@ -259,9 +259,9 @@ class Aggregator(NamedTuple):
         nothing was sent.
       linear: True where a sum is all that is needed: it streams over chunks of
         clients and over devices, and no `[K, ...]` stack is ever held.
-      coordinatewise: True where every coordinate is treated alone and alike, without
-        random draws, and `delivered` and the state depend on none: over several
-        devices `payload` then has leaves `[K, n]`, a device's share of the
+      coordinatewise: True where every coordinate is treated alone and alike, with the
+        same random draws if any, and `delivered` and the state depend on none: over
+        several devices `payload` then has leaves `[K, n]`, a device's share of the
         coordinates, so that none holds the stack of whole messages.
       personal: True where each client gets an aggregate of its own: `payload` comes
         out as a stack `[K, ...]`. The server is given the mean of those delivered.

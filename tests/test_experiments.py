@@ -79,6 +79,7 @@ def test_every_experiment_is_tested_here():
         "secure_cost",
         *("dp_fedavg", "dp_ftrl2021"),
         "scaffold2020",
+        *("byzantine", "backdoor2019"),
     }
 
 
@@ -279,6 +280,31 @@ def test_dp_ftrl2021(tmp_path):
     assert 0.6 < accuracy["independent"] < accuracy["banded"]
     assert accuracy["independent"] < accuracy["independent, amplified"]
     assert "epsilon 2" in printed
+
+
+def test_byzantine(tmp_path):
+    summary, rows, printed = results(tmp_path, "byzantine", "--rounds", "40")
+    iid, other = summary["IID"], summary["non-IID"]
+    assert len(rows) == 2 * 3 * 4 * 4
+    # A strong attack is the end of the mean, and nothing to the median, if clients are
+    # alike; where they are not, the median is wrong before anybody lies.
+    for name in ("IPM 10", "bit flip x 100"):
+        assert iid["mean"][name] < 0.3 < iid["median"]["none"] - 0.3
+        assert iid["median"][name] > iid["median"]["none"] - 0.1
+    assert abs(iid["mean"]["none"] - other["mean"]["none"]) < 0.1
+    assert other["median"]["none"] < other["mean"]["none"] - 0.2
+    assert "published" in printed
+
+
+def test_backdoor2019(tmp_path):
+    summary, rows, printed = results(tmp_path, "backdoor2019")
+    main, backdoor = summary["main"], summary["backdoor"]
+    assert len(rows) == 3 * 2 * 4
+    assert all(accuracy["0.0"] < 0.1 for accuracy in backdoor.values())
+    assert backdoor["none"]["0.2"] > 0.9
+    assert backdoor["clip + noise"]["0.2"] < 0.8 and backdoor["median"]["0.2"] < 0.3
+    assert main["none"]["0.0"] > 0.6
+    assert "backdoor accuracy" in printed
 
 
 def test_threshold_front(tmp_path):

@@ -19,6 +19,7 @@ from jax_privacy.matrix_factorization.banded import ColumnNormalizedBanded
 import jaxfl
 from jaxfl import (
     Aggregator,
+    attack,
     chain,
     communicate,
     compress,
@@ -255,6 +256,10 @@ PARTS = {
             privacy.gaussian(0.3),
         )
     ),
+    "zero_out": lambda h: around(chain(privacy.zero_out(2.0 * h), mean())),
+    "adaptive_zero_out": lambda h: around(
+        chain(privacy.adaptive_zero_out(0.5, 0.5 * h, increment=0.1), mean())
+    ),
     "randomised_response": lambda h: around(
         chain(jaxfl.clip(1.0), privacy.randomised_response(6.0 * h))
     ),
@@ -345,7 +350,42 @@ PARTS = {
     # aggregators
     "total": lambda h: (descent(0.1 * h), jaxfl.clip(h), jaxfl.total()),
     "median": lambda h: (descent(0.1 * h), jaxfl.clip(h), jaxfl.median()),
+    "trimmed_mean": lambda h: (
+        *(descent(0.1 * h), jaxfl.clip(h)),
+        jaxfl.trimmed_mean(1),
+    ),
+    "multi_krum": lambda h: (descent(0.1 * h), jaxfl.clip(h), jaxfl.multi_krum(1)),
+    "bulyan": lambda h: (descent(0.1 * h), jaxfl.clip(h), jaxfl.bulyan(0)),
+    "geometric_median": lambda h: (
+        *(descent(0.1 * h), jaxfl.identity()),
+        jaxfl.geometric_median(nu=1e-3 * h),
+    ),
+    "centered_clip": lambda h: (
+        *(descent(), jaxfl.identity()),
+        jaxfl.centered_clip(0.5 * h, iterations=2),
+    ),
+    "bucketing": lambda h: (
+        *(descent(0.1 * h), jaxfl.clip(h)),
+        jaxfl.bucketing(2, jaxfl.median()),
+    ),
     "counted median": lambda h: (descent(0.1 * h), jaxfl.clip(h), counted_median()),
+    # liars
+    "among": lambda h: around(
+        chain(
+            attack.among([1, 5], chain(attack.noise(h), noisy(h)), rounds=range(1)),
+            mean(),
+        )
+    ),
+    "collude, of a sum": lambda h: (
+        descent(0.1 * h),
+        mean(),
+        attack.collude(jaxfl.total(), [1, 5], attack.min_max()),
+    ),
+    "collude, with a memory": lambda h: (
+        descent(0.1 * h),
+        jaxfl.identity(),
+        attack.collude(jaxfl.median(), [1, 5], attack.mimic(2)),
+    ),
     # nodes with models of their own
     "local_models": lambda h: (nodes(h), mean(), jaxfl.total()),
     "dynamic_average": lambda h: (

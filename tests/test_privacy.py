@@ -322,6 +322,66 @@ def test_two_mechanisms_are_as_one():
         privacy.noise_left(1.0, spent=0.5)
 
 
+def test_zero_out_passes_what_is_small_enough():
+    channel = privacy.zero_out(5.0)
+    for *x, passes in ((3, 4, 1), (3, 4.1, 0), (3e38, 0, 0), (1, np.nan, 0)):
+        payload = {"a": jnp.float32(x[0]), "b": jnp.float32(x[1:])}
+        full = Message(payload, jnp.float32(2.0), jnp.float32(64.0))
+        message, _, report = channel.encode(None, full, (), ())
+        assert length(message.payload) == (length(payload) if passes else 0)
+        assert (message.weight, report["zeroed"]) == (2.0, not passes)
+    assert channel.bound(core.Bound()) == core.Bound(l2=5.0)
+
+
+def test_adaptive_zero_out_follows_the_quantile_of_the_norms():
+    """Against the formula round by round, and until it has found the quantile."""
+    rng = np.random.default_rng(0)
+    norms = np.sort(rng.uniform(1.0, 3.0, 40)).astype(np.float32)
+    norms[-1] = 1e6
+    channel = privacy.adaptive_zero_out(0.8, 0.1, increment=0.5, learning_rate=0.3)
+    sent = jnp.arange(41) < 40
+    ctx = core.server_context(
+        *(jax.random.key(0), jnp.int32(0), jnp.arange(41), sent, jnp.int32(41), ())
+    )._replace(sent=sent)
+
+    @jax.jit
+    def round(estimate):
+        def one(x):
+            full = Message(x, jnp.float32(1.0), jnp.float32(32.0))
+            message, _, report = channel.encode(ctx, full, estimate, ())
+            return message.payload, message.header, report
+
+        payload, header, report = jax.vmap(one)(norms)
+        summed = jax.tree.map(jnp.sum, report)
+        return payload, header, channel.decode(ctx, (), estimate, summed)[1]
+
+    estimate, _ = channel.init(jnp.zeros(1))
+    want = 0.1
+    for _ in range(200):
+        payload, header, estimate = round(estimate)
+        np.testing.assert_array_equal(payload, norms * (norms <= 2 * want + 0.5))
+        np.testing.assert_array_equal(header, np.ones(40))
+        want *= np.exp(-0.3 * (np.mean(norms <= want) - 0.8))
+        np.testing.assert_allclose(estimate, want, rtol=1e-4)
+    assert norms[30] < estimate < norms[33]
+    nobody = ctx._replace(sent=jnp.zeros(41, bool))
+    same = channel.decode(nobody, (), estimate, {"below": jnp.int32(0)})[1]
+    assert same == estimate
+
+
+def test_zeroing_refuses_what_makes_no_sense():
+    with pytest.raises(ValueError, match="norm must be positive, got 0"):
+        privacy.zero_out(0.0)
+    for name, wrong in (
+        ("quantile", 1.0),
+        ("initial", 0.0),
+        ("multiplier", 0.0),
+        ("increment", -1.0),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be .*, got {wrong}"):
+            privacy.adaptive_zero_out(**{name: wrong})
+
+
 def test_adaptive_clip_refuses_what_makes_no_sense():
     right = {"quantile": 0.5, "initial": 1.0, "clients": 10}
     for name, wrong in (

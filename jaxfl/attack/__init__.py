@@ -1,6 +1,34 @@
 """Attacks: on what is learned (senders that lie), and on whose data it is learned from.
 
 Each is placed where its adversary stands. A liar is a channel at some clients
-(`among`), or, where liars know each other's messages, an aggregator; poison is data; an
-observer sees what a `tap` reports.
+(`among`), or, where liars know each other's messages, an aggregator (`collude`); poison
+is data; an observer sees what a `tap` reports.
 """
+
+from jaxfl.attack.among import among
+from jaxfl.attack.collude import Craft, alie, collude, ipm, mimic, min_max, min_sum
+from jaxfl.attack.poison import backdoor, label_flip, stamp, triggered
+from jaxfl.attack.senders import nan, noise, scale, sign_flip
+
+__all__ = [
+    # who lies
+    "among",
+    "collude",
+    # what a liar sends
+    "sign_flip",
+    "noise",
+    "scale",
+    "nan",
+    # what liars craft together
+    "Craft",
+    "alie",
+    "ipm",
+    "min_max",
+    "min_sum",
+    "mimic",
+    # what liars train on
+    "label_flip",
+    "backdoor",
+    "stamp",
+    "triggered",
+]

@@ -26,7 +26,13 @@ that are drawn by `Poisson(d)` or take turns by `Cyclic(d)`:
 `jaxfl.accounting.epsilon` takes any of them.
 """
 
-from jaxfl.privacy.clip import adaptive_clip, clip, clip_layers
+from jaxfl.privacy.clip import (
+    adaptive_clip,
+    adaptive_zero_out,
+    clip,
+    clip_layers,
+    zero_out,
+)
 from jaxfl.privacy.correlated import (
     correlated_gaussian,
     participation_sensitivity,
@@ -55,6 +61,8 @@ __all__ = [
     "clip",
     "clip_layers",
     "adaptive_clip",
+    "zero_out",
+    "adaptive_zero_out",
     "gaussian",
     "laplace",
     "local_gaussian",

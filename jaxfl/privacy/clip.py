@@ -188,6 +188,115 @@ def adaptive_clip(
     )
 
 
+def zero_out(norm: float) -> Channel:
+    """Replaces each update that is too large by zeros, as no honest one would be.
+
+    `x 1[||x|| <= C]`, the norm over all leaves together. It counts still, as no change:
+    a client that was zeroed keeps its weight. `gate` is what leaves it out. A payload
+    that is not finite is too large.
+
+    Client sends: the payload or zeros. Server sees: it, and whether it was zeroed.
+    Bits: as before. Sensitivity: one client moves a sum by at most C.
+
+    Args:
+      norm: C, the largest norm that passes, positive; it may be a traced array.
+
+    Raises:
+      TypeError: when a payload has integers.
+      ValueError: if norm is not positive.
+
+    >>> from jaxfl.core import Message
+    >>> far = Message(jnp.array([3.0, 4.0]), jnp.float32(1.0), jnp.float32(64.0))
+    >>> message, _, report = zero_out(4.0).encode(None, far, (), ())
+    >>> message.payload.tolist(), report["zeroed"].item()
+    ([0.0, 0.0], True)
+
+    Reference: the zeroing of TensorFlow Federated, there of the largest number.
+    """
+    _require_positive("norm", norm)
+
+    def encode(ctx, message, server_state, client_state):
+        small = tree.norm(message.payload) <= norm
+        message = message._replace(payload=tree.mask(small, message.payload))
+        return message, client_state, {"zeroed": ~small}
+
+    def bound(bound):
+        return Bound(_least(norm, bound.l2), bound.l1)
+
+    return Channel(
+        tree.of_floats("zero_out", no_state), encode, bound=bound, sensitivity=unchanged
+    )
+
+
+def adaptive_zero_out(
+    quantile: float = 0.98,
+    initial: float = 10.0,
+    *,
+    multiplier: float = 2.0,
+    increment: float = 1.0,
+    learning_rate: float = math.log(10.0),
+) -> Channel:
+    """Zeroes what is far larger than a quantile of the norms, which it follows.
+
+    With q^t at the server, an update with `||x||_2 > a q^t + b` becomes zeros, and its
+    client reports `1[||x||_2 <= q^t]`. With p the share of those who sent that did,
+
+      q^{t+1} = q^t exp(-eta (p - gamma))
+
+    Client sends: the payload or zeros, and one bit. Server sees: both. Bits: 1 more.
+    Sensitivity: unknown.
+
+    Args:
+      quantile: gamma, between 0 and 1.
+      initial: q^0, positive.
+      multiplier: a, positive.
+      increment: b, at least 0.
+      learning_rate: eta.
+
+    Raises:
+      TypeError: when a payload has integers.
+      ValueError: if quantile is not between 0 and 1, initial or multiplier is not
+        positive, or increment is negative.
+
+    >>> channel = adaptive_zero_out(initial=1.0)
+    >>> server_state, _ = channel.init(jnp.zeros(2))
+    >>> from jaxfl.core import Message
+    >>> far = Message(jnp.array([3.0, 4.0]), jnp.float32(1.0), jnp.float32(64.0))
+    >>> message, _, report = channel.encode(None, far, server_state, ())
+    >>> message.payload.tolist()  # as 5 > 2 * 1 + 1
+    [0.0, 0.0]
+
+    Reference: TensorFlow Federated, `learning.robust_aggregator`, whose numbers are the
+    defaults; Andrew et al. 2021, arXiv:1905.03871, for the quantile.
+    """
+    if isinstance(quantile, int | float) and not 0 < quantile < 1:
+        raise ValueError(f"quantile must be between 0 and 1, got {quantile}.")
+    _require_positive("initial", initial)
+    _require_positive("multiplier", multiplier)
+    if isinstance(increment, int | float) and not increment >= 0:
+        raise ValueError(f"increment must be at least 0, got {increment}.")
+
+    def init(payload):
+        return jnp.float32(initial), ()
+
+    def encode(ctx, message, estimate, client_state):
+        size = tree.norm(message.payload)
+        small = size <= multiplier * estimate + increment
+        message = message._replace(
+            payload=tree.mask(small, message.payload),
+            header=message.header + 1.0 * (message.weight > 0),
+        )
+        return message, client_state, {"below": size <= estimate, "zeroed": ~small}
+
+    def decode(ctx, payload, estimate, report):
+        n = jnp.sum(ctx.sent)
+        share = report["below"] / jnp.maximum(n, 1)
+        new = estimate * jnp.exp(-learning_rate * (share - quantile))
+        return payload, jnp.where(n > 0, new, estimate)
+
+    return Channel(tree.of_floats("adaptive_zero_out", init), encode, decode)
+
+
 def _least(norm, bound):
     """The smaller of two, of which any may be traced; of Python numbers, one."""
     if isinstance(bound, int | float) and math.isinf(bound):
