@@ -4,3 +4,36 @@ Each is placed where its adversary stands. A liar is a channel at some clients
 (`among`), or, where liars know each other's messages, an aggregator; poison is data; an
 observer sees what a `tap` reports.
 """
+
+from jaxfl.attack.inversion import (
+    Inversion,
+    best,
+    cosine_distance,
+    infer_label,
+    invert,
+    label_counts,
+    match,
+    psnr,
+    replay,
+    signed_adam,
+    squared_error,
+    ssim,
+    total_variation,
+)
+
+__all__ = [
+    # what a message tells of its data
+    "Inversion",
+    "invert",
+    "replay",
+    "best",
+    "squared_error",
+    "cosine_distance",
+    "total_variation",
+    "signed_adam",
+    "infer_label",
+    "label_counts",
+    "psnr",
+    "ssim",
+    "match",
+]

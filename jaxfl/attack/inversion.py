@@ -61,7 +61,7 @@ def _norm(x: Payload) -> jax.Array:
 
 
 def total_variation(x: jax.Array) -> jax.Array:
-    """`mean |x_{i+1,j} - x_{i,j}| + mean |x_{i,j+1} - x_{i,j}|`, of smooth images small.
+    """`mean |x_{i+1,j} - x_{i,j}| + mean |x_{i,j+1} - x_{i,j}|`, small if smooth.
 
     Args:
       x: images, `[..., H, W, C]`.
@@ -229,9 +229,7 @@ def invert(
         return (point if project is None else project(point), state, found), None
 
     nothing = Inversion(start, jnp.float32(jnp.inf))
-    (point, state, found), _ = jax.lax.scan(
-        step, (start, state, nothing), length=steps
-    )
+    (point, state, found), _ = jax.lax.scan(step, (start, state, nothing), length=steps)
     return _better(found, Inversion(point, look(point, state)[0]))
 
 
