@@ -403,17 +403,16 @@ def main() -> None:
         attacked("DLG", searcher(plain, dlg, 1, config.dlg_starts), seen, *one)
     attacked("cosine", search, seen, *one)
 
-    clip = jaxfl.clip(config.clip_norm)
-    attacked("clipped", search, of_each(plain, clip, *one), *one)
-
     def noised(z):
-        channel = jaxfl.chain(clip, privacy.local_gaussian(z))
+        local_noise = privacy.local_gaussian(z)
+        channel = jaxfl.chain(jaxfl.clip(config.clip_norm), local_noise)
         return of_each(plain, channel, *one)
 
-    stacked = jax.vmap(noised)(jnp.array(config.noise_multipliers))
-    for i, z in enumerate(config.noise_multipliers):
+    multipliers = 0.0, *config.noise_multipliers
+    stacked = jax.vmap(noised)(jnp.array(multipliers))
+    for i, z in enumerate(multipliers):
         seen = jax.tree.map(operator.itemgetter(i), stacked)
-        attacked(f"noise {z:g}", search, seen, *one)
+        attacked(f"noise {z:g}" if z else "clipped", search, seen, *one)
 
     sparse = functools.partial(cosine, sparse=True)
     of_some = searcher(plain, sparse, 1, config.starts)

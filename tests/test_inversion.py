@@ -242,15 +242,16 @@ def test_label_of_one_example_is_exact(key):
 def test_label_counts(key):
     """Exact with what is predicted; near without; no more than there are examples."""
     rng = np.random.default_rng(0)
-    for examples in 1, 2, 7, 30:
+    count = jax.jit(attack.label_counts, static_argnums=1)
+    for examples in 2, 30:
         for _ in range(10):
             labels = rng.integers(0, 10, examples)
             counts = np.bincount(labels, minlength=10)
             p = rng.dirichlet(np.full(10, 0.5))
             gradient = jnp.asarray(p - counts / examples, jnp.float32)
-            found = attack.label_counts(gradient, examples, jnp.asarray(p))
+            found = count(gradient, examples, jnp.asarray(p))
             np.testing.assert_array_equal(found, counts)
-            guess = attack.label_counts(gradient, examples)
+            guess = count(gradient, examples)
             assert guess.sum() == examples and guess.min() >= 0
     uniform = attack.label_counts(jnp.full(10, 0.1) - jnp.eye(10)[4], 1)
     assert uniform.tolist() == np.eye(10, dtype=int)[4].tolist()
