@@ -284,8 +284,10 @@ def searcher(setting: Setting, method: Callable, batch: int, starts: int):
             return np.stack([np.bincount(row, minlength=CLASSES) for row in labels])
 
         right = np.minimum(counts(label), counts(y)).sum(1) / batch
-        psnr, ssim = attack.psnr(image, x), attack.ssim(image, x)
-        return Found(x, image, *map(np.asarray, (psnr, ssim)), right)
+        psnr, ssim = (
+            np.asarray(of(jnp.asarray(image), x)) for of in (attack.psnr, attack.ssim)
+        )
+        return Found(np.asarray(x), image, psnr, ssim, right)
 
     return run
 
@@ -315,7 +317,8 @@ def draw(config, results: dict[str, Found], noise: dict[float, Found], shown):
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(11, 1.05 * len(shown) + 0.9), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
+    halves: Any = figure.subfigures(1, 2, width_ratios=(1.15, 1))
+    left, right = halves
     grid = left.subplots(len(shown), 6, squeeze=False)
     for row, name in zip(grid, shown, strict=True):
         found = results[name]
@@ -364,7 +367,7 @@ def main() -> None:
     digits, _ = mnist(config.data)
     groups = -(-config.victims // config.group)
     first = slice(groups * config.group)  # at least the victims
-    pictures = jnp.asarray(models.scale(digits["x"][first]))
+    pictures = jnp.asarray(digits["x"][first]) / 255.0
     labels = digits["y"][first]
 
     model = models.from_linen(LeNet(), pictures[:1], loss=optax.softmax_cross_entropy)

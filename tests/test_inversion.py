@@ -30,8 +30,8 @@ def client(key, size=1):
     return {"x": jax.random.uniform(x_key, (size, D)), "y": jax.nn.one_hot(y, C)}
 
 
-def sgd(model, rate=1.0, **work):
-    return jaxfl.fedavg(model.loss, optax.sgd(rate), **{"batch_size": None} | work)
+def sgd(model, rate=1.0, batch_size=None, **work):
+    return jaxfl.fedavg(model.loss, optax.sgd(rate), batch_size=batch_size, **work)
 
 
 def observe(algorithm, params, examples, *channels):
@@ -216,9 +216,8 @@ def test_signed_adam_heeds_signs_and_slows_down():
     state, sizes = optimizer.init(x), []
     for _ in range(80):
         updates, state = optimizer.update(x, state)
-        sizes.append(jnp.abs(updates))
-    assert jnp.allclose(sizes[0], 1) and jnp.allclose(sizes[29], 1)
-    for place, size in (31, 0.1), (51, 0.01), (71, 0.001):
+        sizes.append(np.abs(np.asarray(updates)))
+    for place, size in (0, 1), (29, 1), (31, 0.1), (51, 0.01), (71, 0.001):
         np.testing.assert_allclose(sizes[place], size, rtol=1e-4)
 
 

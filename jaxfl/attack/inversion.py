@@ -50,8 +50,8 @@ def cosine_distance(a: Payload, b: Payload) -> jax.Array:
     >>> cosine_distance(jnp.array([3.0, 0.0]), jnp.array([4.0, 3.0])).round(3).item()
     0.2
     """
-    norms = _norm(a) * _norm(b)
-    return 1 - optax.tree.vdot(a, b) / norms
+    product = jnp.asarray(optax.tree.vdot(a, b))
+    return 1 - product / (_norm(a) * _norm(b))
 
 
 def _norm(x: Payload) -> jax.Array:
@@ -72,8 +72,8 @@ def total_variation(x: jax.Array) -> jax.Array:
     Reference: Rudin, Osher, Fatemi 1992, in the anisotropic form of Geiping et al.
     2020, arXiv:2003.14053.
     """
-    down, right = jnp.diff(x, axis=-3), jnp.diff(x, axis=-2)
-    return sum(jnp.sum(jnp.abs(d)) / max(d.size, 1) for d in (down, right))
+    down, right = (jnp.abs(jnp.diff(x, axis=axis)) for axis in (-3, -2))
+    return jnp.sum(down) / max(down.size, 1) + jnp.sum(right) / max(right.size, 1)
 
 
 def replay(
@@ -180,7 +180,7 @@ def invert(
     >>> def search(seen, x):
     ...     def known(x):
     ...         return again({"x": x, "y": jnp.zeros((1, 3))})
-    ...     return invert(seen, known, x, optax.lbfgs(), steps=30)
+    ...     return invert(seen, known, x, optax.adam(0.3), steps=300)
     >>> search_all = jax.jit(jax.vmap(jax.vmap(search, (None, 0)), (0, None)))
     >>> starts = jax.random.normal(jax.random.key(1), (4, 1, 3))
     >>> found = jax.vmap(best)(search_all(info.reports[0]["seen"], starts))
