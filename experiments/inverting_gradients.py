@@ -336,9 +336,9 @@ def draw(config, results: dict[str, Found], noise: dict[float, Found], shown):
         row[0].set_ylabel(
             name, fontsize=8, rotation=0, ha="right", va="center", labelpad=6
         )
-    for i, which in enumerate(("best", "median", "worst")):
+    for i, which in enumerate(("best found", "median", "worst")):
         grid[0, 2 * i].set_title("original", fontsize=8)
-        grid[0, 2 * i + 1].set_title(f"found: {which}", fontsize=8)
+        grid[0, 2 * i + 1].set_title(which, fontsize=8)
 
     axes = right.subplots()
     z = np.array(list(noise))
