@@ -80,6 +80,7 @@ def test_every_experiment_is_tested_here():
         *("dp_fedavg", "dp_ftrl2021"),
         "scaffold2020",
         *("byzantine", "backdoor2019"),
+        "inverting_gradients",
     }
 
 
@@ -262,6 +263,23 @@ def test_dp_fedavg(tmp_path):
     assert large[0] > large[1] + 0.1 and summary["not private"] > large[0]
     assert summary["adaptive"][1] > large[1] + 0.05
     assert "adaptive" in printed
+
+
+def test_inverting_gradients(tmp_path):
+    summary, rows, printed = results(tmp_path, "inverting_gradients")
+    attacks = summary["attacks"]
+    median = {name: row["psnr"]["median"] for name, row in attacks.items()}
+    assert list(median) == [
+        *("cosine", "clipped", "noise 0.0001", "noise 1"),
+        *("one message, masked", "secure sum of 2"),
+    ]
+    assert len(rows) == len(median) * 4
+    assert attacks["cosine"]["labels"] == attacks["clipped"]["labels"] == 1
+    # A clip hides nothing; noise, a mask and a sum do.
+    np.testing.assert_allclose(median["clipped"], median["cosine"], atol=1)
+    for name in "noise 1", "one message, masked", "secure sum of 2":
+        assert median["cosine"] > median[name] + 5, name
+    assert "above 20 dB" in printed
 
 
 def test_dp_ftrl2021(tmp_path):

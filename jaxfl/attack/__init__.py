@@ -7,6 +7,21 @@ is data; an observer sees what a `tap` reports.
 
 from jaxfl.attack.among import among
 from jaxfl.attack.collude import Craft, alie, collude, ipm, mimic, min_max, min_sum
+from jaxfl.attack.inversion import (
+    Inversion,
+    best,
+    cosine_distance,
+    infer_label,
+    invert,
+    label_counts,
+    match,
+    psnr,
+    replay,
+    signed_adam,
+    squared_error,
+    ssim,
+    total_variation,
+)
 from jaxfl.attack.poison import backdoor, label_flip, stamp, triggered
 from jaxfl.attack.senders import nan, noise, scale, sign_flip
 
@@ -31,4 +46,18 @@ __all__ = [
     "backdoor",
     "stamp",
     "triggered",
+    # what a message tells of its data
+    "Inversion",
+    "invert",
+    "replay",
+    "best",
+    "squared_error",
+    "cosine_distance",
+    "total_variation",
+    "signed_adam",
+    "infer_label",
+    "label_counts",
+    "psnr",
+    "ssim",
+    "match",
 ]
