@@ -122,11 +122,11 @@ _BUCKETS = ("Krum, s = 2", "median, s = 2", "RFA, s = 2", "CClip, s = 2")
 PRESETS = {
     "ci": Settings(
         "ci",
-        rounds=60,
-        rules=("mean", "median", "CClip"),
-        attacks=("none", "label flip", "IPM 10", "bit flip x 100"),
-        evaluations=4,
-        learning_rate=0.03,
+        rounds=20,
+        rules=("mean", "median"),
+        attacks=("none", "IPM 10", "bit flip x 100"),
+        evaluations=2,
+        learning_rate=0.05,
     ),
     "full": Settings(
         "full",
