@@ -1,10 +1,10 @@
 """Liars against robust rules: accuracy of every attack against every aggregator.
 
-The MNIST setting of Karimireddy, He, Jaggi 2022, arXiv:2006.09365, figure 3: 20 honest
-workers and 5 liars, a batch of 32 from each worker in each round, momentum at the
-honest workers; the honest ones have equal shares of the digits dealt at random, or
-sorted by class. Beside their five attacks there are stronger ones, under which a plain
-mean is lost.
+The MNIST setting of Karimireddy, He, Jaggi 2022, arXiv:2006.09365 (`exp3` of their
+code): 20 honest workers and 5 liars, a batch of 32 from each worker in each round,
+momentum at the honest workers, whose shares of the digits are dealt at random or sorted
+by class; a liar has a share of its own, from all digits. Beside their five attacks
+there are stronger ones, under which a plain mean is lost.
 """
 
 import dataclasses
