@@ -79,7 +79,7 @@ ATTACKS = {
     "IPM 10": Attack(craft=attack.ipm(10.0)),
     "bit flip x 100": Attack(attack.sign_flip(100.0)),
     "label flip x 100": Attack(attack.scale(100.0), flips=True),
-    "noise": Attack(attack.noise(10.0)),
+    "noise": Attack(attack.noise(100.0)),
     "NaN": Attack(attack.nan()),
 }
 
