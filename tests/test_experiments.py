@@ -301,9 +301,9 @@ def test_dp_ftrl2021(tmp_path):
 
 
 def test_byzantine(tmp_path):
-    summary, rows, printed = results(tmp_path, "byzantine", "--rounds", "40")
+    summary, rows, printed = results(tmp_path, "byzantine")
     iid, other = summary["IID"], summary["non-IID"]
-    assert len(rows) == 2 * 3 * 4 * 4
+    assert len(rows) == 2 * 2 * 3 * 2
     # A strong attack is the end of the mean, and nothing to the median, if clients are
     # alike; where they are not, the median is wrong before anybody lies.
     for name in ("IPM 10", "bit flip x 100"):
@@ -322,7 +322,7 @@ def test_backdoor2019(tmp_path):
     assert backdoor["none"]["0.2"] > 0.9
     assert backdoor["clip + noise"]["0.2"] < 0.8 and backdoor["median"]["0.2"] < 0.3
     assert main["none"]["0.0"] > 0.6
-    assert "backdoor accuracy" in printed
+    assert "20 %" in printed
 
 
 def test_threshold_front(tmp_path):

@@ -117,7 +117,8 @@ def alie(z: float | None = None) -> Craft:
     >>> alie(z=1.5).apply(None, rows, honest, ~honest, ())[0].tolist()  # 2 - 1.5 x 1
     [0.5]
 
-    Reference: Baruch, Baruch, Goldberg 2019, arXiv:1902.06156, algorithm 3.
+    Reference: Baruch, Baruch, Goldberg 2019, arXiv:1902.06156, its attack
+    on convergence.
     """
 
     def apply(ctx, rows, honest, liars, state):
@@ -148,7 +149,7 @@ def ipm(epsilon: float) -> Craft:
     >>> ipm(0.5).apply(None, rows, honest, ~honest, ())[0].tolist()
     [-1.0]
 
-    Reference: Xie, Koyejo, Gupta 2020, arXiv:1903.03936, section 4.
+    Reference: Xie, Koyejo, Gupta 2020, arXiv:1903.03936.
     """
 
     def apply(ctx, rows, honest, liars, state):
@@ -196,8 +197,8 @@ def min_max(
     >>> round(lie.item(), 3)
     0.0
 
-    Reference: Shejwalkar, Houmansadr 2021, Manipulating the Byzantine, NDSS, equation 6
-    and algorithm 1.
+    Reference: Shejwalkar, Houmansadr 2021, Manipulating the Byzantine, NDSS,
+    algorithm 1.
     """
 
     def fits(apart):  # squared, all the better
@@ -233,8 +234,8 @@ def min_sum(
     >>> round(lie.item(), 3)  # (2 - 2)^2 + ... : 8 + 8 gamma^2 = 16
     0.0
 
-    Reference: Shejwalkar, Houmansadr 2021, Manipulating the Byzantine, NDSS, equation 7
-    and algorithm 1.
+    Reference: Shejwalkar, Houmansadr 2021, Manipulating the Byzantine, NDSS,
+    algorithm 1.
     """
 
     def fits(apart):
@@ -324,8 +325,8 @@ def mimic(warmup: int = 1) -> Craft:
     >>> rows[state.target].tolist() == lie.tolist()
     True
 
-    Reference: Karimireddy, He, Jaggi 2022, arXiv:2006.09365, section 3.3 and appendix
-    B; its `argmax_i |sum_t <z, x_i>|` is here that of the authors' code.
+    Reference: Karimireddy, He, Jaggi 2022, arXiv:2006.09365, as in the authors'
+    code, where a round decides for itself; the paper sums `<z, x_i>` over them.
     """
     if not warmup >= 1:
         raise ValueError(f"warmup must be at least 1, got {warmup}.")

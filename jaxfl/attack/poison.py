@@ -41,8 +41,8 @@ def label_flip(
     >>> label_flip(data, [1], {7: 1}).examples["y"].tolist()
     [0, 7, 0, 1]
 
-    Reference: Tolpegin, Truex, Gursoy, Liu 2020, arXiv:2007.08432, section 3; `C - 1 -
-    y` in Karimireddy, He, Jaggi 2022, arXiv:2006.09365, section 6.
+    Reference: Tolpegin, Truex, Gursoy, Liu 2020, arXiv:2007.08432; `C - 1 - y` in
+    Karimireddy, He, Jaggi 2022, arXiv:2006.09365.
     """
     rows = np.concatenate([np.zeros(0, np.int32), *_rows_of(data, clients)])
     labels = np.array(data.examples[label])

@@ -27,8 +27,8 @@ def sign_flip(factor: float = 1.0) -> Channel:
     >>> sign_flip(3.0).encode(None, update, (), ())[0].payload.tolist()
     [-3.0, 6.0]
 
-    Reference: Li, Xu, Chen, Giannakis, Ling 2019, arXiv:1811.03761, section 5;
-    Karimireddy, He, Jaggi 2022, arXiv:2006.09365, section 6.
+    Reference: Li, Xu, Chen, Giannakis, Ling 2019, arXiv:1811.03761; Karimireddy, He,
+    Jaggi 2022, arXiv:2006.09365.
     """
     return _instead("sign_flip", lambda ctx, x: tree.scale(-jnp.float32(factor), x))
 
@@ -54,7 +54,7 @@ def noise(std: float) -> Channel:
     >>> round(sent.std().item(), 1), abs(sent.mean().item()) < 0.2
     (5.0, True)
 
-    Reference: Blanchard et al. 2017, arXiv:1703.02757, section 5.
+    Reference: Blanchard et al. 2017, arXiv:1703.02757, experiments.
     """
 
     def make(ctx, payload):
@@ -97,7 +97,7 @@ def scale(factor: float, norm: float | None = None) -> Channel:
     [6.0, 8.0]
 
     Reference: Bagdasaryan, Veit, Hua, Estrin, Shmatikov 2020, arXiv:1807.00459,
-    section 4.2 and equation 3.
+    equation 3.
     """
     if isinstance(norm, int | float) and not norm > 0:
         raise ValueError(f"norm must be positive or None, got {norm}.")
