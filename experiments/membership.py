@@ -8,6 +8,7 @@ what it sees of their sum. Defences stand beside.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -39,8 +40,12 @@ class Settings:
     """Rounds between those whose model is attacked."""
     hidden: int
     """Units of the hidden layer."""
+    cases: tuple[str, ...]
+    """What is attacked beside the network that overfits, and DP-SGD."""
     noise_multipliers: tuple[float, ...]
     """z of DP-SGD at the clients."""
+    updates_after: tuple[int, ...]
+    """Rounds before the one whose updates are attacked."""
     targets: int
     """Models whose updates are attacked."""
     data: Literal["embedded", "files", "tfds"] = "embedded"
@@ -68,18 +73,22 @@ PRESETS = {
         rounds=6,
         every=3,
         hidden=16,
+        cases=("weight decay",),
         noise_multipliers=(1.0,),
+        updates_after=(0,),
         targets=1,
     ),
     "full": Settings(
         "full",
         examples=2000,
         clients=10,
-        models=32,
-        rounds=40,
+        models=16,
+        rounds=24,
         every=4,
         hidden=100,
-        noise_multipliers=(0.4, 1.0, 3.0),
+        cases=("weight decay", "clipped updates", "sparse updates", "secure sum"),
+        noise_multipliers=(0.5, 2.0),
+        updates_after=(0, 6, 23),
         targets=4,
     ),
 }
@@ -122,7 +131,7 @@ def with_blanks(data, mask):
 
 
 def attacked(config, data, model, test, masks, algorithm, channel, of=with_examples):
-    """What S models, of every few rounds, give of all candidates, and how good they are.
+    """What S models, of every few rounds, give of all candidates.
 
     Returns:
       `phi` `[S, T, E]`; `unseen` the same of test digits, in no model; `accuracy`.
@@ -170,13 +179,19 @@ def measures(score, member) -> dict[str, np.ndarray]:
     return {"auc": area, "0.1%": roc[..., 0], "1%": roc[..., 1], "roc": roc[..., 2:]}
 
 
+@functools.partial(jax.jit, static_argnames="online")
+def lira(phi, masks, online=True):
+    """With one variance for all candidates where models are few, as in the paper."""
+    few = len(masks) < 64
+    return attack.lira_each(phi, masks, online=online, shared_variance=few)
+
+
 def attacks(phi, masks) -> dict[str, dict[str, np.ndarray]]:
-    """The loss orders candidates as their confidence does."""
-    few = {"shared_variance": len(masks) < 64}
+    """A threshold on the loss orders candidates as their confidence does."""
     return {
         "threshold": measures(phi, masks),
-        "offline": measures(attack.lira_each(phi, masks, online=False, **few), masks),
-        "online": measures(attack.lira_each(phi, masks, **few), masks),
+        "offline": measures(lira(phi, masks, online=False), masks),
+        "online": measures(lira(phi, masks), masks),
     }
 
 
@@ -228,11 +243,8 @@ def draw(config, results, epsilons, rounds):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     roc = {name: row["online"]["roc"][-1] for name, row in results.items()}
     curves = {"overfitted": common.RED, "weight decay": common.ORANGE}
-    for (name, epsilon), colour in zip(
-        list(epsilons.items())[1:] or epsilons.items(),
-        (common.BLUE, common.SKY),
-        strict=False,
-    ):
+    shades = (common.BLUE, common.SKY)
+    for (name, epsilon), colour in zip(epsilons.items(), shades, strict=False):
         curves[name] = colour
         bound = attack.private_tpr(FPR, epsilon, config.delta)
         label = f"bound for epsilon {epsilon:.2g}"
@@ -268,7 +280,7 @@ def draw(config, results, epsilons, rounds):
     common.tidy(left, right)
     figure.suptitle(
         f"MNIST, {config.examples // 2} of {config.examples} digits, "
-        f"{config.clients} clients; {config.models} models, each attacked with the others"
+        f"{config.clients} clients; {config.models} models, each attacked by the others"
     )
     return figure
 
@@ -286,22 +298,21 @@ def main() -> None:
 
     overfitted, mean = plain(config, model), jaxfl.mean()
     decay = plain(config, model, optax.add_decayed_weights(config.weight_decay))
-    in_fixed_point = secure.fixed_point(8.0, 2.0**20)
-    fair = jaxfl.mean(denominator=config.clients)
-    cases = {
+    clipped = jaxfl.chain(jaxfl.clip(config.clip_norm), mean)
+    sparse = jaxfl.chain(compress.top_k(config.fraction), mean)
+    masked = jaxfl.chain(
+        jaxfl.mean(denominator=config.clients),
+        *(secure.fixed_point(8.0, 2.0**20), secure.secure_sum()),
+    )
+    known = {
         "overfitted": (overfitted, mean),
         "weight decay": (decay, mean),
-        "clipped updates": (
-            overfitted,
-            jaxfl.chain(jaxfl.clip(config.clip_norm), mean),
-        ),
-        f"top {config.fraction:.0%} sent": (
-            *(overfitted, jaxfl.chain(compress.top_k(config.fraction), mean)),
-        ),
-        "secure sum": (
-            *(overfitted, jaxfl.chain(fair, in_fixed_point, secure.secure_sum())),
-        ),
+        "clipped updates": (overfitted, clipped),
+        "sparse updates": (overfitted, sparse),
+        "secure sum": (overfitted, masked),
     }
+    common.check_known((config.cases, known))
+    cases = {name: known[name] for name in ("overfitted", *config.cases)}
     epsilons = {}
     for z in config.noise_multipliers:
         algorithm, epsilon = private(config, model, z)
@@ -318,13 +329,11 @@ def main() -> None:
             count = seen["unseen"].shape[-1]
             called = attack.random_halves(jax.random.key(3), config.models, count)
             results["in no model"] = attacks(seen["unseen"], called)
-            few = {"shared_variance": config.models < 64}
-            by_round = np.asarray(attack.lira_each(seen["phi"], masks, **few))
+            by_round = np.asarray(lira(seen["phi"], masks))
             every_round = measures(by_round.cumsum(1), masks)
         print(f"{name}: {accuracy[name][-1]:.3f}, {results[name]['online']['auc'][-1]}")
     updates = {
-        at: of_updates(config, data, model, masks, at)
-        for at in (0, config.rounds // 4, config.rounds - 1)
+        at: of_updates(config, data, model, masks, at) for at in config.updates_after
     }
 
     def last(by_measure):

@@ -161,6 +161,9 @@ def lira(
 def lira_each(shadows: jax.Array, inside: jax.Array, **options: bool) -> jax.Array:
     """Each shadow model attacked with all the others: S attacks for the price of one.
 
+    Of the others, one fewer had what this model had, so that where there is nothing to
+    be told members score a little lower: with few models the AUC is then below 1/2.
+
     Args:
       shadows: `[S, ..., E]`, see `lira`.
       inside: bool `[S, E]`.
