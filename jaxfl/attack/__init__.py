@@ -5,6 +5,21 @@ Each is placed where its adversary stands. A liar is a channel at some clients
 observer sees what a `tap` reports.
 """
 
+from jaxfl.attack.inversion import (
+    Inversion,
+    best,
+    cosine_distance,
+    infer_label,
+    invert,
+    label_counts,
+    match,
+    psnr,
+    replay,
+    signed_adam,
+    squared_error,
+    ssim,
+    total_variation,
+)
 from jaxfl.attack.membership import (
     alignment,
     auc,
@@ -19,7 +34,21 @@ from jaxfl.attack.membership import (
 )
 
 __all__ = [
-    # membership
+    # what a message tells of its data
+    "Inversion",
+    "invert",
+    "replay",
+    "best",
+    "squared_error",
+    "cosine_distance",
+    "total_variation",
+    "signed_adam",
+    "infer_label",
+    "label_counts",
+    "psnr",
+    "ssim",
+    "match",
+    # who was in the data
     "alignment",
     "auc",
     "confidence",
