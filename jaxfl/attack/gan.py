@@ -45,8 +45,8 @@ def gan(
 ) -> Algorithm:
     """An algorithm among whose clients one reconstructs a class that others hold.
 
-    In each round the adversary takes the broadcast `w` for the discriminator, trains its
-    generator G by steps on
+    In each round the adversary takes the broadcast `w` for the discriminator, trains
+    its generator G by steps on
 
         E_z f(w; G(z), target)
 
@@ -194,7 +194,7 @@ class DCGAN(nn.Module):
     @nn.compact
     def __call__(self, z: jax.Array) -> Any:
         def conv(features, x):
-            layer = nn.Conv(features, (5, 5), conv_general_dilated=matmul_conv)
+            layer = nn.Conv(features, (3, 3), conv_general_dilated=matmul_conv)
             return layer(twice(x))
 
         x = nn.Dense(7 * 7 * 2 * self.features)(z)
