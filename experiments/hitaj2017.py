@@ -263,7 +263,7 @@ def draw(config, real, runs, rows):
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 5.5), layout="constrained", width_ratios=(5, 4)
     )
-    blank, each = np.ones((28, 28)), 2
+    blank, each = np.zeros((28, 28)), 2
     picture = [np.hstack([i[..., 0] for t in config.targets for i in real[t][:each]])]
     for arm, z, place in rows.values():
         row = []
@@ -284,7 +284,7 @@ def draw(config, real, runs, rows):
     arms = list(dict.fromkeys((arm, z) for arm, z, *_ in runs))
     for i, name in enumerate(arms):
         some = [run for key, run in runs.items() if key[:2] == name]
-        jitter = i + 0.3 * (np.arange(len(some)) / max(len(some) - 1, 1) - 0.5)
+        jitter = i + (np.linspace(-0.2, 0.2, len(some)) if len(some) > 1 else 0)
         for place, colour, marker, label in (
             (0, common.ORANGE, "s", "test accuracy of the shared model"),
             (2, common.BLUE, "o", "samples that are called the target"),
@@ -298,8 +298,9 @@ def draw(config, real, runs, rows):
                 alpha=0.6,
                 label=label,
             )
-    right.set_yticks(range(len(arms)), [f"{a}{z and f', z = {z:g}'}" for a, z in arms])
-    right.invert_yaxis()
+    labels = [f"{a}, z = {z:g}" if "private" in a else a for a, z in arms]
+    right.set_yticks(range(len(arms)), labels)
+    right.set_ylim(len(arms) - 0.5, -0.5)
     right.axvline(80, color=common.BLACK, ls=":", lw=1)
     right.axvline(20, color=common.BLACK, ls=":", lw=1)
     right.set(xlabel="%, a point for each target and seed", xlim=(-3, 103))
