@@ -10,7 +10,7 @@ noise at the server (privacy of a client).
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +76,8 @@ PRESETS = {
         targets=(3, 8),
         defended=(3,),
         client_noise=(0.1,),
-        record_noise=(1.0,),
-        judge_steps=10,
+        record_noise=(),
+        judge_steps=5,
         width=4,
         samples=16,
         seeds=1,
@@ -139,7 +139,7 @@ def generator_of(config):
     def init(key):
         return net.init(key, jnp.zeros((2, config.latent)))["params"]
 
-    def generate(params, key, count=config.batch_size):
+    def generate(params, key, count=config.batch_size) -> Any:
         z = jax.random.normal(key, (count, config.latent))
         return net.apply({"params": params}, z)
 
@@ -219,6 +219,26 @@ def noised(clip_norm, z):
     """Client-level differential privacy, of both together."""
     return jaxfl.chain(
         jaxfl.clip(clip_norm), jaxfl.mean(denominator=2), privacy.gaussian(z)
+    )
+
+
+def epsilon(config, arm, z) -> float:
+    """Of one example of the victim's, or of all of a client's, at delta = 1e-5."""
+    if z == 0:
+        return np.inf
+    if arm == "clients private":
+        channel = noised(config.clip_norm, z)
+        return accounting.epsilon(
+            channel, population=2, cohort=2, rounds=config.rounds, delta=1e-5
+        )
+    return privacy.example_epsilon(
+        z,
+        examples=config.examples,
+        rounds=config.rounds,
+        delta=1e-5,
+        batch_size=config.batch_size,
+        steps=1,
+        poisson=True,
     )
 
 
@@ -351,7 +371,7 @@ def main() -> None:
         some[i : i + at_once] for some in todo for i in range(0, len(some), at_once)
     ]
     runs, rows = {}, []
-    real = {t: models.scale(test["x"][test["y"] == t]) for t in config.targets}
+    real = {t: test["x"][test["y"] == t] / 255 for t in config.targets}
     for some in rich.progress.track(todo, "attacks"):
         program, clip_norm, *_ = arms[some[0][0]]
         values = [
@@ -375,27 +395,6 @@ def main() -> None:
             runs[arm, z, target, seed] = accuracy, samples, rated[-1]
             rows.append((arm, z, target, seed, accuracy, diversity, *rated))
 
-    def epsilon(arm, z):
-        if z == 0:
-            return np.inf
-        if arm == "records private":
-            return privacy.example_epsilon(
-                *(z,),
-                examples=config.examples,
-                rounds=config.rounds,
-                delta=1e-5,
-                batch_size=config.batch_size,
-                steps=1,
-                poisson=True,
-            )
-        return accounting.epsilon(
-            noised(config.clip_norm, z),
-            population=2,
-            cohort=2,
-            rounds=config.rounds,
-            delta=1e-5,
-        )
-
     summary, table = {}, []
     for name in dict.fromkeys(key[:2] for key in runs):
         accuracy, diversity, *_, rated = np.array(
@@ -408,7 +407,7 @@ def main() -> None:
             "diversity": diversity.mean(),
             "accuracy": accuracy.mean(),
             "runs": len(rated),
-            "epsilon": str(epsilon(*name)) if "private" in name[0] else "inf",
+            "epsilon": str(epsilon(config, *name)),  # JSON has no infinity
         }
         table.append(
             (
@@ -439,10 +438,13 @@ def main() -> None:
     shown = sorted({looks // 8, looks // 4, looks // 2, looks} - {0})
     picture = {f"round {every * i}": ("attack", 0.0, i - 1) for i in shown}
     picture["nobody has it"] = ("nobody has it", 0.0, -1)
-    z = config.record_noise[-1]
-    picture[f"records, z = {z:g}"] = ("records private", z, -1)
-    z = config.client_noise[-1]
-    picture[f"clients, z = {z:g}"] = ("clients private", z, -1)
+    picture["only listens"] = ("only listens", 0.0, -1)
+    for what, arm, noises in (
+        ("records", "records private", config.record_noise),
+        ("clients", "clients private", config.client_noise),
+    ):
+        for z in noises:
+            picture[f"{what}, z = {z:g}"] = arm, z, -1
     common.save_figure(folder, draw(config, real, runs, picture), "hitaj2017")
     common.print_table(
         f"MNIST ({config.data}): last samples that a classifier of "

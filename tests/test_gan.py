@@ -165,6 +165,28 @@ def test_any_channel_will_do(channel):
     assert abs(loud - quiet).max() > 1e-3
 
 
+def test_others_may_do_what_the_adversary_does_not():
+    """Records are private at the others, and nothing holds the adversary to it."""
+
+    def private(loss):
+        loss = privacy.dp_sgd(
+            loss, clip_norm=1.0, noise_multiplier=0.3, denominator=2, microbatch_size=2
+        )
+        return plain(loss)
+
+    channel = jaxfl.chain(jaxfl.tap("wire"), mean())
+    rest = (toy.loss, generate, START, optax.sgd(0.1))
+    who = {"adversary": ADVERSARY, "target": 2, "fake": 3}
+    mixed = attack.gan(private(toy.loss), plain, *rest, **who)
+    got, of_private, of_plain = (
+        rounds(algorithm, channel, count=1)[1].reports[0]["wire"]["w"]
+        for algorithm in (mixed, private(toy.loss), attacked())
+    )
+    honest = np.arange(toy.N) != ADVERSARY
+    np.testing.assert_allclose(got[honest], of_private[honest], 1e-5, 1e-6)
+    np.testing.assert_allclose(got[ADVERSARY], of_plain[ADVERSARY], 1e-5, 1e-6)
+
+
 # ------------------------------------------------- a class that it has never held
 
 CENTRES = np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 3.0]])  # of classes 0, 1 and 2
@@ -252,7 +274,7 @@ def test_what_is_no_algorithm():
     with pytest.raises(TypeError, match="algorithm must be a jaxfl.Algorithm"):
         attack.gan(toy.loss, train, *rest, **who)  # pyright: ignore
     with pytest.raises(TypeError, match=r"lying\(loss\) must be a jaxfl.Algorithm"):
-        attack.gan(train(toy.loss), lambda loss: loss, *rest, **who)
+        attack.gan(train(toy.loss), lambda loss: loss, *rest, **who)  # pyright: ignore
 
 
 def test_images_are_within_their_range_and_differ():
