@@ -78,6 +78,7 @@ def test_every_experiment_is_tested_here():
         *("kamp2018", "threshold_front", "compression2017", "error_feedback"),
         "secure_cost",
         *("dp_fedavg", "dp_ftrl2021"),
+        "hitaj2017",
     }
 
 
@@ -278,6 +279,26 @@ def test_dp_ftrl2021(tmp_path):
     assert 0.6 < accuracy["independent"] < accuracy["banded"]
     assert accuracy["independent"] < accuracy["independent, amplified"]
     assert "epsilon 2" in printed
+
+
+def test_hitaj2017(tmp_path):
+    summary, rows, printed = results(tmp_path, "hitaj2017")
+    arms = summary["arms"]
+    assert list(arms) == [
+        *("attack, z = 0", "only listens, z = 0", "nobody has it, z = 0"),
+        "clients private, z = 0.1",
+    ]
+    assert [arm["runs"] for arm in arms.values()] == [2, 1, 2, 1]
+    assert len(rows) == 6 and rows[0]["arm"] == "attack"
+    for row in rows:  # eight rounds are no attack; that they are rated
+        assert all(
+            0 <= float(row[f"called the target, round {i}"]) <= 1 for i in (1, 8)
+        )
+        assert float(row["diversity"]) > 0
+    epsilon = {name: float(arm["epsilon"]) for name, arm in arms.items()}
+    assert epsilon["attack, z = 0"] == np.inf
+    assert 100 < epsilon["clients private, z = 0.1"] < np.inf
+    assert "nobody has it" in printed
 
 
 def test_threshold_front(tmp_path):

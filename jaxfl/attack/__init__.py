@@ -5,6 +5,7 @@ Each is placed where its adversary stands. A liar is a channel at some clients
 observer sees what a `tap` reports.
 """
 
+from jaxfl.attack.gan import dcgan, gan
 from jaxfl.attack.inversion import (
     Inversion,
     best,
@@ -34,6 +35,9 @@ from jaxfl.attack.membership import (
 )
 
 __all__ = [
+    # a class that others hold
+    "gan",
+    "dcgan",
     # what a message tells of its data
     "Inversion",
     "invert",
