@@ -87,7 +87,7 @@ PRESETS = {
         every=4,
         hidden=100,
         cases=("weight decay", "clipped updates", "sparse updates", "secure sum"),
-        noise_multipliers=(0.5, 2.0),
+        noise_multipliers=(1.0, 4.0),
         updates_after=(0, 6, 23),
         targets=4,
     ),
@@ -247,8 +247,9 @@ def draw(config, results, epsilons, rounds):
     for (name, epsilon), colour in zip(epsilons.items(), shades, strict=False):
         curves[name] = colour
         bound = attack.private_tpr(FPR, epsilon, config.delta)
-        label = f"bound for epsilon {epsilon:.2g}"
-        left.plot(FPR, bound, color=colour, ls="--", lw=1, label=label)
+        if bound.min() < 0.99:  # else it says nothing
+            label = f"bound for epsilon {epsilon:.2g}"
+            left.plot(FPR, bound, color=colour, ls="--", lw=1, label=label)
     for name, colour in curves.items():
         left.plot(FPR, roc[name], color=colour, label=f"LiRA, {name}")
     threshold = results["overfitted"]["threshold"]["roc"][-1]
@@ -275,8 +276,8 @@ def draw(config, results, epsilons, rounds):
     area = results["in no model"]["online"]["auc"]
     style = {"color": common.BLACK, "ls": ":", "marker": "s", "ms": 3}
     right.plot(rounds, area, **style, label="LiRA, digits in no model")
-    right.set(xlabel="round", ylabel="AUC", ylim=(0.48, None))
-    right.legend(frameon=False, fontsize=7.5, loc="upper left")
+    right.set(xlabel="round", ylabel="AUC", xticks=rounds)
+    right.legend(frameon=False, fontsize=7.5)
     common.tidy(left, right)
     figure.suptitle(
         f"MNIST, {config.examples // 2} of {config.examples} digits, "
