@@ -109,7 +109,7 @@ def private(config, model, z) -> tuple[jaxfl.Algorithm, float]:
         return jnp.where(batch["in"], model.loss(params, batch, key), 0)
 
     examples = config.examples // config.clients
-    work = {"batch_size": examples // 4, "steps": 4, "poisson": True}
+    work = {"batch_size": examples // 4, "steps": 2, "poisson": True}
     private_loss = privacy.dp_sgd(
         loss,
         clip_norm=1.0,
