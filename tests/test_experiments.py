@@ -263,6 +263,23 @@ def test_dp_fedavg(tmp_path):
     assert "adaptive" in printed
 
 
+def test_membership(tmp_path):
+    summary, rows, printed = results(tmp_path, "membership")
+    models = summary["final model"]
+    (private,) = summary["epsilon"]
+    assert list(models) == ["overfitted", "in no model", "weight decay", private]
+    assert len(rows) == 4 * 2
+    # What was memorised is read, and what was in no model is not.
+    assert models["overfitted"]["threshold"]["auc"] > 0.6
+    assert abs(models["in no model"]["threshold"]["auc"] - 0.5) < 0.05
+    assert (
+        models[private]["threshold"]["auc"] < models["overfitted"]["threshold"]["auc"]
+    )
+    update = summary["updates"]["after 0 rounds"]
+    assert update["single"]["auc"] > update["sum"]["auc"] + 0.05
+    assert "in no model" in printed
+
+
 def test_dp_ftrl2021(tmp_path):
     summary, rows, printed = results(
         *(tmp_path, "dp_ftrl2021", "--epsilons", "2", "--passes", "2"),
