@@ -130,7 +130,7 @@ def with_blanks(data, mask):
     return dataclasses.replace(data, examples=data.examples | {"in": mask})
 
 
-def attacked(config, data, model, test, masks, algorithm, channel, of=with_examples):
+def attacked(config, data, model, test, masks, algorithm, channel, of):
     """What S models, of every few rounds, give of all candidates.
 
     Returns:
@@ -313,7 +313,9 @@ def main() -> None:
         "secure sum": (overfitted, masked),
     }
     common.check_known((config.cases, known))
-    cases = {name: known[name] for name in ("overfitted", *config.cases)}
+    cases = {
+        name: (*known[name], with_examples) for name in ("overfitted", *config.cases)
+    }
     epsilons = {}
     for z in config.noise_multipliers:
         algorithm, epsilon = private(config, model, z)
