@@ -19,6 +19,7 @@ from jaxfl import local
 from jaxfl.core import Params
 
 PyTree = Any
+Array = jax.Array | np.ndarray
 
 
 # ------------------------------------------------------------------------- scores
@@ -71,9 +72,9 @@ def confidence(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def lira(
-    observed: jax.Array,
-    shadows: jax.Array,
-    inside: jax.Array,
+    observed: Array,
+    shadows: Array,
+    inside: Array,
     *,
     online: bool = True,
     shared_variance: bool = False,
@@ -158,7 +159,7 @@ def lira(
     )
 
 
-def lira_each(shadows: jax.Array, inside: jax.Array, **options: bool) -> jax.Array:
+def lira_each(shadows: Array, inside: Array, **options: bool) -> jax.Array:
     """Each shadow model attacked with all the others: S attacks for the price of one.
 
     Of the others, one fewer had what this model had, so that where there is nothing to
