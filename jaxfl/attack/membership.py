@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.scipy.stats import norm
 
 from jaxfl import local
@@ -130,7 +131,7 @@ def lira(
             f"inside must have shape {(shadows.shape[0], observed.shape[-1])}, one "
             f"entry a shadow model and candidate, got {inside.shape}."
         )
-    if not isinstance(inside, jax.core.Tracer):
+    if not isinstance(inside, Tracer):
         least = _least(inside) if online else np.min(np.sum(~inside, axis=0))
         if least < 2:
             raise ValueError(
@@ -186,7 +187,7 @@ def lira_each(shadows: Array, inside: Array, **options: bool) -> jax.Array:
     """
     shadows, inside = jnp.asarray(shadows), jnp.asarray(inside)
     models = len(shadows)
-    if not isinstance(inside, jax.core.Tracer):
+    if not isinstance(inside, Tracer):
         if (least := _least(inside)) < 3:
             raise ValueError(
                 "inside: every candidate must be in three models, and out of three, "
