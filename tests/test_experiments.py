@@ -81,6 +81,7 @@ def test_every_experiment_is_tested_here():
         "scaffold2020",
         *("byzantine", "backdoor2019"),
         "inverting_gradients",
+        "hitaj2017",
     }
 
 
@@ -282,6 +283,23 @@ def test_inverting_gradients(tmp_path):
     assert "above 20 dB" in printed
 
 
+def test_membership(tmp_path):
+    summary, rows, printed = results(tmp_path, "membership")
+    models = summary["final model"]
+    (private,) = summary["epsilon"]
+    assert list(models) == ["overfitted", "in no model", "weight decay", private]
+    assert len(rows) == 4 * 2
+    # What was memorised is read, and what was in no model is not.
+    assert models["overfitted"]["threshold"]["auc"] > 0.6
+    assert abs(models["in no model"]["threshold"]["auc"] - 0.5) < 0.05
+    assert (
+        models[private]["threshold"]["auc"] < models["overfitted"]["threshold"]["auc"]
+    )
+    update = summary["updates"]["after 0 rounds"]
+    assert update["single"]["auc"] > update["sum"]["auc"] + 0.05
+    assert "in no model" in printed
+
+
 def test_dp_ftrl2021(tmp_path):
     summary, rows, printed = results(
         *(tmp_path, "dp_ftrl2021", "--epsilons", "2", "--passes", "2"),
@@ -323,6 +341,26 @@ def test_backdoor2019(tmp_path):
     assert backdoor["clip + noise"]["0.2"] < 0.8 and backdoor["median"]["0.2"] < 0.3
     assert main["none"]["0.0"] > 0.6
     assert "20 %" in printed
+
+
+def test_hitaj2017(tmp_path):
+    summary, rows, printed = results(tmp_path, "hitaj2017")
+    arms = summary["arms"]
+    assert list(arms) == [
+        *("attack, z = 0", "only listens, z = 0", "nobody has it, z = 0"),
+        "clients private, z = 0.1",
+    ]
+    assert [arm["runs"] for arm in arms.values()] == [2, 1, 2, 1]
+    assert len(rows) == 6 and rows[0]["arm"] == "attack"
+    for row in rows:  # eight rounds are no attack; that they are rated
+        assert all(
+            0 <= float(row[f"called the target, round {i}"]) <= 1 for i in (1, 8)
+        )
+        assert float(row["diversity"]) > 0
+    epsilon = {name: float(arm["epsilon"]) for name, arm in arms.items()}
+    assert epsilon["attack, z = 0"] == np.inf
+    assert 100 < epsilon["clients private, z = 0.1"] < np.inf
+    assert "nobody has it" in printed
 
 
 def test_threshold_front(tmp_path):

@@ -127,6 +127,22 @@ def masked(h):
     return chain(mean(5.0 * h), secure.fixed_point(8.0, 2**20), masks)
 
 
+def reconstructed(h):
+    """Client 5 learns what class 2 is like; samples are the generator itself."""
+
+    def train(loss):
+        return jaxfl.fedavg(loss, optax.sgd(0.1 * h), batch_size=2)
+
+    return attack.gan(
+        *(train(toy.loss), train, toy.loss, lambda g, key: g[None], jnp.ones(3)),
+        *(optax.adam(0.1 * h),),
+        adversary=5,
+        target=2,
+        fake=3,
+        steps=2,
+    )
+
+
 def nodes(h=1.0):
     return jaxfl.local_models(toy.loss, optax.sgd(0.1 * h), batch_size=2)
 
@@ -218,6 +234,7 @@ PARTS = {
         jaxfl.total(),
     ),
     "ifca": lambda h: (clustered(h), mean(), jaxfl.total()),
+    "gan": lambda h: (reconstructed(h), mean(), jaxfl.total()),
     # channels
     "identity": lambda h: (descent(0.1 * h), jaxfl.identity(), jaxfl.total()),
     "mean": lambda h: (descent(0.1 * h), mean(), jaxfl.total()),

@@ -7,6 +7,7 @@ is data; an observer sees what a `tap` reports.
 
 from jaxfl.attack.among import among
 from jaxfl.attack.collude import Craft, alie, collude, ipm, mimic, min_max, min_sum
+from jaxfl.attack.gan import dcgan, gan
 from jaxfl.attack.inversion import (
     Inversion,
     best,
@@ -21,6 +22,18 @@ from jaxfl.attack.inversion import (
     squared_error,
     ssim,
     total_variation,
+)
+from jaxfl.attack.membership import (
+    alignment,
+    auc,
+    confidence,
+    lira,
+    lira_each,
+    loss_threshold,
+    private_tpr,
+    random_halves,
+    shadow_scores,
+    tpr_at_fpr,
 )
 from jaxfl.attack.poison import backdoor, label_flip, stamp, triggered
 from jaxfl.attack.senders import nan, noise, scale, sign_flip
@@ -46,6 +59,9 @@ __all__ = [
     "backdoor",
     "stamp",
     "triggered",
+    # a class that others hold
+    "gan",
+    "dcgan",
     # what a message tells of its data
     "Inversion",
     "invert",
@@ -60,4 +76,15 @@ __all__ = [
     "psnr",
     "ssim",
     "match",
+    # who was in the data
+    "alignment",
+    "auc",
+    "confidence",
+    "lira",
+    "lira_each",
+    "loss_threshold",
+    "private_tpr",
+    "random_halves",
+    "shadow_scores",
+    "tpr_at_fpr",
 ]

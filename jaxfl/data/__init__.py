@@ -9,6 +9,7 @@ from jaxfl.data.federated import (
     pool,
     stack,
     stack_axes,
+    subset,
 )
 from jaxfl.data.files import data_root, read_checked
 from jaxfl.data.mnist import mnist, mnist_writers
@@ -27,6 +28,7 @@ __all__ = [
     "group",
     "from_arrays",
     "pool",
+    "subset",
     "stack",
     "stack_axes",
     "client_rows",

@@ -216,6 +216,50 @@ def pool(data: ClientData) -> ClientData:
     )
 
 
+def subset(data: ClientData, mask: Any) -> ClientData:
+    """The clients with only those of their examples that a mask keeps.
+
+    The mask may be traced, and vmapped over: the same examples behind other integers,
+    as any partition. Hence the bounds of the sizes are those of every mask, 0 and what
+    `data` has.
+
+    Args:
+      data: the data of N clients.
+      mask: bool `[E]`, of `examples`.
+
+    Returns:
+      The data of N clients, in their old order.
+
+    Raises:
+      ValueError: the mask is not one of all examples, or `data` is of one client.
+
+    Example:
+      >>> data = from_arrays(np.zeros(4), np.arange(4), [1, 0, 1, 0])
+      >>> kept = subset(data, [True, True, True, False])
+      >>> kept.size.tolist(), kept[1].take(jnp.arange(2))["y"].tolist()
+      ([1, 2], [0, 2])
+    """
+    mask, index = jnp.asarray(mask, bool), jnp.asarray(data.index)
+    examples = jax.tree.leaves(data.examples)[0].shape[0]
+    if mask.shape != (examples,):
+        raise ValueError(f"mask had the shape {mask.shape}; it should be {(examples,)}")
+    if np.ndim(data.start) != 1 or index.ndim != 1:
+        raise ValueError("data was not of several clients; it should be, as in group")
+    start, size = jnp.asarray(data.start), jnp.asarray(data.size)
+    kept = mask[index]
+    before = jnp.append(0, jnp.cumsum(kept, dtype=jnp.int32))
+    place = jnp.arange(len(index))
+    whose = jnp.searchsorted(jnp.sort(start), place, side="right")
+    return dataclasses.replace(
+        data,
+        # What is left out goes to the end of its client's range.
+        index=index[jnp.lexsort((place, ~kept, whose))],
+        start=start,
+        size=before[start + size] - before[start],
+        shortest=0,
+    )
+
+
 def stack(datasets: Sequence[ClientData]) -> ClientData:
     """Several partitions of the same examples, for a vmap over partitions.
 
