@@ -10,7 +10,7 @@ noise at the server (privacy of a client).
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,14 +87,32 @@ PRESETS = {
         rounds=240,
         examples=20_000,
         targets=tuple(range(10)),
-        defended=(0, 3, 8),
-        client_noise=(0.0, 0.003, 0.01, 0.03, 0.1),
+        defended=(3, 8),
+        client_noise=(0.01, 0.1, 1.0),
         record_noise=(1.0,),
         judge_steps=1200,
         width=16,
         data="files",
     ),
 }
+
+
+class Run(NamedTuple):
+    """What came of one run.
+
+    Attributes:
+      accuracy: of the shared model.
+      rated: the part of the last samples that are called the target.
+      diversity: the mean distance of two of them, relative to that of real ones.
+      distance: of a sample from the nearest real one, relative to that of real ones.
+      samples: at eight rounds, `[E, S, 28, 28, 1]`.
+    """
+
+    accuracy: float
+    rated: float
+    diversity: float
+    distance: float
+    samples: np.ndarray
 
 
 class Shared(nn.Module):
@@ -229,7 +247,12 @@ def epsilon(config, arm, z) -> float:
     if arm == "clients private":
         channel = noised(config.clip_norm, z)
         return accounting.epsilon(
-            channel, population=2, cohort=2, rounds=config.rounds, delta=1e-5
+            channel,
+            population=2,
+            cohort=2,
+            rounds=config.rounds,
+            delta=1e-5,
+            accountant=accounting.RdpAccountant,  # tighter ones need memory
         )
     return privacy.example_epsilon(
         z,
@@ -270,18 +293,25 @@ def spread(images) -> float:
     return distance.sum() / (len(x) * (len(x) - 1))
 
 
+def nearest(images, real) -> float:
+    """The mean distance of an image to the real one that is nearest to it."""
+    x, y = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (images, real))
+    squares = (x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T
+    return np.sqrt(np.maximum(squares, 0).min(1)).mean()
+
+
 def draw(config, real, runs, rows):
     """Samples of every target by round, and how they were rated.
 
     Args:
       real: `{target: images}`.
-      runs: `{(arm, z, target, seed): (accuracy, samples [E, S, 28, 28, 1], rated)}`.
+      runs: `{(arm, z, target, seed): Run}`.
       rows: `{label: (arm, z, which of E)}` of the picture.
     """
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(12, 5.5), layout="constrained", width_ratios=(5, 4)
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(13, 5), layout="constrained", width_ratios=(10, 5, 3)
     )
     blank, each = np.zeros((28, 28)), 2
     picture = [np.hstack([i[..., 0] for t in config.targets for i in real[t][:each]])]
@@ -289,7 +319,9 @@ def draw(config, real, runs, rows):
         row = []
         for t in config.targets:
             run = runs.get((arm, z, t, 0))
-            row += [blank] * each if run is None else [*run[1][place, :each, :, :, 0]]
+            row += (
+                [blank] * each if run is None else [*run.samples[place, :each, ..., 0]]
+            )
         picture.append(np.hstack(row))
     left.imshow(np.vstack(picture), cmap="gray_r", vmin=0, vmax=1)
     for i in range(1, len(config.targets)):
@@ -304,28 +336,48 @@ def draw(config, real, runs, rows):
     arms = list(dict.fromkeys((arm, z) for arm, z, *_ in runs))
     for i, name in enumerate(arms):
         some = [run for key, run in runs.items() if key[:2] == name]
-        jitter = i + (np.linspace(-0.2, 0.2, len(some)) if len(some) > 1 else 0)
-        for place, colour, marker, label in (
-            (0, common.ORANGE, "s", "test accuracy of the shared model"),
-            (2, common.BLUE, "o", "samples that are called the target"),
+        height = i + (np.linspace(-0.2, 0.2, len(some)) if len(some) > 1 else 0)
+        for axes, values, colour, marker, label in (
+            (
+                middle,
+                [100 * r.accuracy for r in some],
+                common.ORANGE,
+                "s",
+                "test accuracy",
+            ),
+            (
+                middle,
+                [100 * r.rated for r in some],
+                common.BLUE,
+                "o",
+                "called the target",
+            ),
+            (right, [r.distance for r in some], common.BLUE, "o", None),
         ):
-            values = [100 * run[place] for run in some]
-            label = None if i else label
-            right.scatter(
-                *(values, jitter, 18),
+            axes.scatter(
+                *(values, height, 18),
                 color=colour,
                 marker=marker,
                 alpha=0.6,
-                label=label,
+                label=None if i else label,
             )
     labels = [f"{a}, z = {z:g}" if "private" in a else a for a, z in arms]
-    right.set_yticks(range(len(arms)), labels)
-    right.set_ylim(len(arms) - 0.5, -0.5)
-    right.axvline(80, color=common.BLACK, ls=":", lw=1)
-    right.axvline(20, color=common.BLACK, ls=":", lw=1)
-    right.set(xlabel="%, a point for each target and seed", xlim=(-3, 103))
-    common.tidy(right)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncol=2)
+    middle.set_yticks(range(len(arms)), labels)
+    right.set_yticks(range(len(arms)), [])
+    for place in 20, 80:
+        middle.axvline(place, color=common.BLACK, ls=":", lw=1)
+    right.axvline(1, color=common.BLACK, ls=":", lw=1)
+    middle.set(xlabel="%, a point for each target and seed", xlim=(-3, 103))
+    right.set(xlabel="distance from real ones")
+    for axes in middle, right:
+        axes.set_ylim(len(arms) - 0.5, -0.5)
+    common.tidy(middle, right)
+    figure.legend(
+        *middle.get_legend_handles_labels(),
+        loc="outside upper right",
+        ncol=2,
+        frameon=False,
+    )
     return figure
 
 
@@ -391,38 +443,42 @@ def main() -> None:
             some, *results, strict=False
         ):
             rated = [np.mean(judge(x) == target) for x in samples]
-            diversity = spread(samples[-1]) / spread(real[target][: config.samples])
-            runs[arm, z, target, seed] = accuracy, samples, rated[-1]
-            rows.append((arm, z, target, seed, accuracy, diversity, *rated))
+            some_real, others = np.split(real[target], [config.samples])
+            runs[arm, z, target, seed] = run = Run(
+                accuracy,
+                rated[-1],
+                diversity=spread(samples[-1]) / spread(some_real),
+                distance=nearest(samples[-1], others) / nearest(some_real, others),
+                samples=samples,
+            )
+            rows.append((arm, z, target, seed, *run[:4], *rated))
 
     summary, table = {}, []
     for name in dict.fromkeys(key[:2] for key in runs):
-        accuracy, diversity, *_, rated = np.array(
-            [row[4:] for row in rows if row[:2] == name], float
-        ).T
-        summary[f"{name[0]}, z = {name[1]:g}"] = entry = {
+        some = [run[:4] for key, run in runs.items() if key[:2] == name]
+        accuracy, rated, diversity, distance = np.array(some).T
+        spent = epsilon(config, *name)
+        summary[f"{name[0]}, z = {name[1]:g}"] = {
             "called the target": rated.mean(),
             "least": rated.min(),
             "most": rated.max(),
             "diversity": diversity.mean(),
+            "distance": distance.mean(),
             "accuracy": accuracy.mean(),
-            "runs": len(rated),
-            "epsilon": str(epsilon(config, *name)),  # JSON has no infinity
+            "runs": len(some),
+            "epsilon": str(spent),  # JSON has no infinity
         }
+        least, mean, most = 100 * rated.min(), 100 * rated.mean(), 100 * rated.max()
         table.append(
             (
-                *name,
-                f"{float(entry['epsilon']):.3g}",
-                f"{100 * rated.mean():.0f} ({100 * rated.min():.0f} to "
-                f"{100 * rated.max():.0f})",
-                f"{diversity.mean():.2f}",
-                f"{100 * accuracy.mean():.1f}",
-                len(rated),
+                *(*name, f"{spent:.3g}", f"{mean:.0f} ({least:.0f} to {most:.0f})"),
+                *(f"{distance.mean():.2f}", f"{diversity.mean():.2f}"),
+                *(f"{100 * accuracy.mean():.1f}", len(some)),
             )
         )
 
     folder = common.results_folder("hitaj2017")
-    looks = len(rows[0]) - 6
+    looks = len(rows[0]) - 8
     common.save_summary(
         folder,
         {
@@ -432,7 +488,7 @@ def main() -> None:
         },
     )
     every = max(config.rounds // 8, 1)
-    columns = ("arm", "z", "target", "seed", "accuracy", "diversity")
+    columns = "arm", "z", "target", "seed", *Run._fields[:4]
     at_rounds = [f"called the target, round {every * (i + 1)}" for i in range(looks)]
     common.save_history(folder, (*columns, *at_rounds), rows)
     shown = sorted({looks // 8, looks // 4, looks // 2, looks} - {0})
@@ -449,7 +505,7 @@ def main() -> None:
     common.print_table(
         f"MNIST ({config.data}): last samples that a classifier of "
         f"{100 * judge_accuracy:.1f} % test accuracy calls the target, in %",
-        ("run", "z", "epsilon", "called", "diversity", "accuracy", "runs"),
+        ("run", "z", "epsilon", "called", "distance", "diversity", "accuracy", "runs"),
         table,
     )
 

@@ -356,7 +356,7 @@ def test_hitaj2017(tmp_path):
         assert all(
             0 <= float(row[f"called the target, round {i}"]) <= 1 for i in (1, 8)
         )
-        assert float(row["diversity"]) > 0
+        assert float(row["diversity"]) > 0 and float(row["distance"]) > 1
     epsilon = {name: float(arm["epsilon"]) for name, arm in arms.items()}
     assert epsilon["attack, z = 0"] == np.inf
     assert 100 < epsilon["clients private, z = 0.1"] < np.inf
