@@ -14,6 +14,7 @@ from jaxfl import (
     compress,
     data,
     evaluate,
+    faults,
     history,
     local,
     models,
@@ -25,6 +26,8 @@ from jaxfl import (
     tree,
 )
 from jaxfl.aggregate import dynamic_average, median, mix, total
+from jaxfl.algorithms.asynchronous import asynchronous
+from jaxfl.algorithms.fedasync import fedasync
 from jaxfl.algorithms.fedavg import fedavg
 from jaxfl.algorithms.isolated import isolated
 from jaxfl.algorithms.local_models import local_models
@@ -75,6 +78,8 @@ __all__ = [
     "local_models",
     "local",
     "downlink",
+    "asynchronous",
+    "fedasync",
     # channels
     "Channel",
     "Message",
@@ -99,6 +104,8 @@ __all__ = [
     "dynamic_average",
     "mix",
     "topology",
+    # faults
+    "faults",
     # attacks
     "attack",
     # the round
