@@ -78,6 +78,7 @@ def test_every_experiment_is_tested_here():
         *("kamp2018", "threshold_front", "compression2017", "error_feedback"),
         "secure_cost",
         *("dp_fedavg", "dp_ftrl2021"),
+        "stragglers",
     }
 
 
@@ -121,6 +122,21 @@ def test_mnist_skews_with_other_biases(tmp_path):
     )
     assert list(summary) == ["pooled", "dominant_50", "settings"]
     assert len(rows) == 2
+
+
+def test_stragglers(tmp_path):
+    summary, rows, printed = results(tmp_path, "stragglers")
+    assert {"minutes", "speedup", "accuracy", "clean", "hostile", "fates"} < set(
+        summary
+    )
+    policies = {row["policy"] for row in rows}
+    assert policies == set(summary["minutes"]) and len(policies) == 6
+    # Who waits for all is slowest; a third vanishes and the run goes on.
+    assert min(summary["speedup"].values()) == summary["speedup"]["wait for all"] == 1
+    assert summary["speedup"]["FedBuff"] > 1.5
+    assert summary["hostile"] > summary["clean"] - 0.04
+    assert 0.4 < summary["fates"]["sent"] < 0.8 and summary["fates"]["rejected"] > 0.01
+    assert "FedBuff" in printed
 
 
 def test_node_curves(tmp_path):

@@ -139,6 +139,11 @@ PARTS = {
         mean(),
         jaxfl.total(),
     ),
+    "asynchronous": lambda h: (
+        jaxfl.asynchronous(fedavg(0.1 * h), 2),
+        chain(jaxfl.faults.corrupt(jaxfl.faults.garbage(h), 0.3), mean()),
+        jaxfl.total(),
+    ),
     # channels
     "identity": lambda h: (descent(0.1 * h), jaxfl.identity(), jaxfl.total()),
     "mean": lambda h: (descent(0.1 * h), mean(), jaxfl.total()),

@@ -101,7 +101,8 @@ def asynchronous(algorithm: Algorithm, versions: int) -> Algorithm:
     def version(ctx, broadcast):
         tau = 0 if ctx.staleness is None else ctx.staleness
         there = broadcast.since <= ctx.round - tau
-        place = jnp.argmax(jnp.where(there, broadcast.since, jnp.min(broadcast.since)))
+        age = jnp.where(there, ctx.round - broadcast.since, jnp.iinfo(jnp.int32).max)
+        place = jnp.argmin(age)
         return jax.tree.map(lambda x: x[place], broadcast.broadcast)
 
     def client(ctx, broadcast, client_state, data):
