@@ -69,7 +69,7 @@ COLOURS = {
     "FedBuff": common.BLUE,
     "FedAsync": common.GREEN,
 }
-WORK = {"batch_size": 10, "epochs": 1}
+WORK: jaxfl.local.Work = {"batch_size": 10, "epochs": 1}
 
 
 def schedules(config, data, bits, seed):

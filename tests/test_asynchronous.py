@@ -258,7 +258,7 @@ def test_asynchronous_refuses():
     with pytest.raises(ValueError, match="several versions"):
         jaxfl.downlink(jaxfl.asynchronous(plain, 2), jaxfl.identity())
     with pytest.raises(TypeError, match="algorithm"):
-        jaxfl.asynchronous(toy.loss, 2)
+        jaxfl.asynchronous(toy.loss, 2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rho"):
         algorithm = jaxfl.fedasync(toy.loss, optax.sgd(0.1), 2, rho=-1.0)
         jaxfl.federate(algorithm, jaxfl.mean()).init(toy.params(), toy.data())

@@ -1,6 +1,7 @@
 """Faults: who is there, who is late, who is lost, and what time it is."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,10 @@ from jaxfl.faults import NOBODY, Clock, Dropout, Schedule
 R, K = 4, 3
 
 
-def federation(chunk=None, devices=None, channel=None, **work):
+def federation(chunk=None, devices=None, channel=None, **work: Any):
     mesh = None if devices is None else jaxfl.client_mesh(jax.devices()[:devices])
-    algorithm = jaxfl.fedavg(
-        toy.loss, optax.sgd(0.1), batch_size=1, **work or {"epochs": 2}
-    )
+    every: Any = {"epochs": 2}
+    algorithm = jaxfl.fedavg(toy.loss, optax.sgd(0.1), batch_size=1, **(work or every))
     memory = jaxfl.at_client(optax.trace(0.5))
     channel = jaxfl.chain(memory, channel or jaxfl.mean())
     return jaxfl.federate(algorithm, channel, chunk_size=chunk, mesh=mesh)
@@ -170,7 +170,7 @@ def test_who_is_lost_has_moved_on_and_paid():
     info = history.clients
     assert_same(state.server, absent.server)  # to the server it is as one absent
     assert_same(state.clients, everyone.clients)  # to itself it is not
-    assert info.lost[0].tolist() == [i == 3 for i in range(toy.N)]
+    assert np.asarray(info.lost)[0].tolist() == [i == 3 for i in range(toy.N)]
     assert not info.sent[0, 3] and info.bits_up[0, 3] == whole.clients.bits_up[0, 3] > 0
 
 
