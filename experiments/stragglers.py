@@ -58,7 +58,7 @@ class Settings:
 PRESETS = {
     "ci": Settings("ci", clients=60, concurrency=20, rounds=8, target=0.7, seeds=1),
     "full": Settings(
-        "full", clients=1000, concurrency=100, rounds=60, target=0.9, data="files"
+        "full", clients=1000, concurrency=100, rounds=60, target=0.88, data="files"
     ),
 }
 COLOURS = {
