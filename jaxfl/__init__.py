@@ -14,6 +14,7 @@ from jaxfl import (
     compress,
     data,
     evaluate,
+    faults,
     history,
     local,
     models,
@@ -39,7 +40,9 @@ from jaxfl.aggregate import (
 )
 from jaxfl.algorithms.agnostic import agnostic
 from jaxfl.algorithms.apfl import apfl
+from jaxfl.algorithms.asynchronous import asynchronous
 from jaxfl.algorithms.ditto import ditto
+from jaxfl.algorithms.fedasync import fedasync
 from jaxfl.algorithms.fedavg import fedavg
 from jaxfl.algorithms.feddyn import feddyn
 from jaxfl.algorithms.fedexp import fedexp
@@ -119,6 +122,8 @@ __all__ = [
     "local_models",
     "local",
     "downlink",
+    "asynchronous",
+    "fedasync",
     # channels
     "Channel",
     "Message",
@@ -150,6 +155,8 @@ __all__ = [
     "dynamic_average",
     "mix",
     "topology",
+    # faults
+    "faults",
     # attacks
     "attack",
     # the round

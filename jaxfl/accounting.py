@@ -16,6 +16,7 @@ from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
 from jaxfl.channel import mechanisms
 from jaxfl.core import Bound, Channel, Federation, pass_on
+from jaxfl.faults.schedule import Schedule
 from jaxfl.history import History
 from jaxfl.privacy.mechanism import (
     Correlated,
@@ -239,6 +240,11 @@ class _Release(NamedTuple):
 
 
 def _epsilon(private, population, cohort, rounds, delta, accountant) -> float:
+    if isinstance(cohort, Schedule):
+        raise ValueError(
+            "cohort: of a schedule nothing is known; None, for which nothing is "
+            "amplified, if it was made without a look at the data."
+        )
     found = _noise_of(private)
     if isinstance(found[0], Distributed):
         return _of_distributed(found, rounds, delta)

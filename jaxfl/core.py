@@ -65,6 +65,10 @@ class Context(NamedTuple):
       bound: to `Channel.encode`, of the message that comes in; to `Channel.decode`, of
         what one client has added to the aggregate; None where there is none.
       sent: bool `[K]`, whose message arrived; known to a channel's decode, else None.
+      share: float32 `[]`, how much of its local work this client does, as `local.train`
+        heeds; None for all of it.
+      staleness: int32 `[]`, how many rounds ago the broadcast that this client starts
+        from was the newest; None for 0.
     """
 
     key: jax.Array
@@ -77,6 +81,8 @@ class Context(NamedTuple):
     broadcast: PyTree = ()
     bound: Bound | None = None
     sent: jax.Array | None = None
+    share: jax.Array | None = None
+    staleness: jax.Array | None = None
 
 
 class Message(NamedTuple):
@@ -108,6 +114,15 @@ class Cohort(NamedTuple):
       alive: bool `[K]`; a client that is not alive is as one never asked.
       row: int32 `[K]`, where in `state.clients` each client's state is; at its id if
         None. A row of padding has none, as with `client`.
+      asked: bool `[K]`, who was sent the broadcast, though it may not be alive to make
+        anything of it; those alive if None. This and what follows is as in a
+        `faults.Schedule`.
+      arrives: bool `[K]`, whose message reaches the server, if it sends one; all if
+        None. Who sends does not know, and goes on as if it had arrived.
+      share: float32 `[K]`, see `Context`.
+      staleness: int32 `[K]`, see `Context`.
+      time: float32 `[K]`, seconds from the start of the run to when each message comes.
+      ended: float32 `[]`, to the end of the round.
     """
 
     client: jax.Array
@@ -115,6 +130,12 @@ class Cohort(NamedTuple):
     weight: jax.Array
     alive: jax.Array
     row: jax.Array | None = None
+    asked: jax.Array | None = None
+    arrives: jax.Array | None = None
+    share: jax.Array | None = None
+    staleness: jax.Array | None = None
+    time: jax.Array | None = None
+    ended: jax.Array | None = None
 
 
 class Outcome(NamedTuple):
@@ -150,6 +171,12 @@ def every_bit(ctx: Context, server_state: PyTree, client_state: PyTree) -> jax.A
     return jnp.float32(tree.num_bits(ctx.broadcast))
 
 
+def newest(ctx: Context, broadcast: PyTree) -> PyTree:
+    """The default version: every client starts from what comes down now."""
+    del ctx
+    return broadcast
+
+
 class Algorithm(NamedTuple):
     """What is computed, for one client and for the server.
 
@@ -167,6 +194,9 @@ class Algorithm(NamedTuple):
       broadcast: `server_state -> broadcast`, what travels down to each client.
       bits_down: `(ctx, server_state, client_state) -> float32 []`, how long the
         broadcast is to one client, before the round.
+      version: `(ctx, broadcast) -> broadcast`, what one client has of it, which becomes
+        its `ctx.broadcast`: where the server keeps older ones, as for `asynchronous`
+        clients, that of `ctx.staleness` rounds ago.
     """
 
     init: Callable
@@ -175,6 +205,7 @@ class Algorithm(NamedTuple):
     receive: Callable = keep
     broadcast: Callable = whole_state
     bits_down: Callable = every_bit
+    version: Callable = newest
 
 
 def no_state(payload: Payload) -> tuple[PyTree, PyTree]:
@@ -341,6 +372,12 @@ class Info(NamedTuple):
       metrics: what the algorithm's clients measured, `[K, ...]`; NaN (integers: 0)
         for a client that was not alive.
       reports: what the channel reported of each message, `[K, ...]`; likewise.
+      asked: bool `[K]`, who was sent the broadcast. This and what follows is None
+        unless the cohort was one of a `faults.Schedule`.
+      lost: bool `[K]`, whose message was sent and did not arrive, or not in time.
+      staleness: int32 `[K]`, how many rounds old the broadcast was that each had.
+      time: float32 `[K]`, seconds from the start of the run to when each message came.
+      ended: float32 `[]`, to the end of the round.
     """
 
     client: jax.Array
@@ -352,6 +389,11 @@ class Info(NamedTuple):
     bits_down: jax.Array
     metrics: Metrics
     reports: PyTree
+    asked: jax.Array | None = None
+    lost: jax.Array | None = None
+    staleness: jax.Array | None = None
+    time: jax.Array | None = None
+    ended: jax.Array | None = None
 
 
 class Federation(NamedTuple):
@@ -388,3 +430,14 @@ def server_context(
     return Context(
         server_key, shared_key, round, nobody, roster, alive, population, broadcast
     )
+
+
+def lone_context(key: jax.Array, client: int = 0) -> Context:
+    """The context of a client that is alone, to try a part outside any round.
+
+    >>> lone_context(jax.random.key(0), client=3).roster.tolist()
+    [3]
+    """
+    one = jnp.array([client], jnp.int32)
+    ctx = server_context(key, jnp.int32(0), one, one >= 0, jnp.int32(client + 1), ())
+    return ctx._replace(key=key, client=one[0])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxfl import tree
-from jaxfl.core import Algorithm, Channel, Message, Params, PyTree, keep
+from jaxfl.core import Algorithm, Channel, Message, Params, PyTree, keep, newest
 
 
 class DownlinkState(NamedTuple):
@@ -62,7 +62,8 @@ def downlink(algorithm: Algorithm, channel: Channel) -> Algorithm:
 
     Raises:
       TypeError: if algorithm or channel is not of its type.
-      ValueError: if the channel has a `mean`: there is one sender.
+      ValueError: if the channel has a `mean`: there is one sender; if the algorithm
+        keeps several versions: `asynchronous(downlink(...), ...)` does.
 
     >>> from jaxfl import at_client, fedavg, federate, from_arrays, mean, simulate
     >>> def loss(w, batch, key):
@@ -88,6 +89,8 @@ def downlink(algorithm: Algorithm, channel: Channel) -> Algorithm:
             raise TypeError(f"{name} must be a jaxfl.{kind.__name__}, got {part!r}.")
     if channel.of_sums:
         raise ValueError("channel: mean() divides a sum, and one server sends.")
+    if algorithm.version is not newest:
+        raise ValueError("algorithm: it broadcasts several versions; put this inside.")
 
     def init(params):
         server, client = algorithm.init(params)

@@ -12,7 +12,7 @@ from jaxfl import local
 from jaxfl.algorithms.fedavg import fedavg
 from jaxfl.algorithms.isolated import isolated
 from jaxfl.channel import identity, mean
-from jaxfl.core import Channel, Params, State
+from jaxfl.core import Channel, Params, State, lone_context
 from jaxfl.data.federated import ClientData, pool
 from jaxfl.history import History
 from jaxfl.models import Model
@@ -139,7 +139,8 @@ def fine_tuned(
     gradient = local.gradient(loss)
 
     def model(params, own, data, key):
-        return local.train(key, gradient, optimizer, params, data, **work).params
+        ctx = lone_context(key)
+        return local.train(ctx, gradient, optimizer, params, data, **work).params
 
     return model
 

@@ -45,13 +45,46 @@ class History:
             "down": np.asarray(down).astype(np.float64).sum(1),
         }
 
+    @property
+    def time(self) -> np.ndarray:
+        """Seconds on the virtual clock at each evaluation, `[n]`.
+
+        Raises:
+          ValueError: if the run had none: it was of no `faults.Schedule` with times.
+        """
+        if self.clients.ended is None:
+            raise ValueError("time: this run had no faults.Schedule with a clock.")
+        return np.asarray(self.clients.ended)[np.asarray(self.round) - 1]
+
+    def reached(self, metric: str, target: float) -> dict[str, float] | None:
+        """When an evaluation first gave a target or more; None if none did.
+
+        Args:
+          metric: of one number an evaluation.
+          target: of which more is better.
+
+        Returns:
+          `{"round": rounds done, "bits_up": bits sent by then}`, and of a run with a
+          virtual clock `"time"`, in seconds.
+        """
+        there = np.flatnonzero(np.asarray(self[metric]) >= target)
+        if not there.size:
+            return None
+        first = there[0]
+        rounds = int(self.round[first])
+        when = {"round": rounds, "bits_up": float(self.bits()["up"][:rounds].sum())}
+        if self.clients.ended is not None:
+            when["time"] = float(self.time[first])
+        return when
+
     def evaluation_table(self) -> Columns:
         """One row an evaluation: the round, and every metric that is one number.
 
         `pandas.DataFrame(history.evaluation_table())` if you like.
         """
         scalars = {k: v for k, v in self.evaluations.items() if np.ndim(v) == 1}
-        return {"round": self.round, **scalars}
+        time = {} if self.clients.ended is None else {"time": self.time}
+        return {"round": self.round, **time, **scalars}
 
     def client_table(self) -> Columns:
         """One row a client and round: who, what was sent, and every single metric."""

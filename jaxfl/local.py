@@ -6,9 +6,10 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from jaxfl.core import Metrics, Params
+from jaxfl.core import Context, Metrics, Params
 from jaxfl.data.federated import ClientData
 
 PyTree = Any
@@ -208,7 +209,7 @@ class Trained(NamedTuple):
 
 
 def train(
-    key: jax.Array,
+    ctx: Context,
     gradient: Gradient,
     optimizer: optax.GradientTransformation,
     params: Params,
@@ -220,12 +221,15 @@ def train(
     Each pass over the client's n examples goes in a new random order, in ceil(n / B)
     batches of which the last may be smaller. A client without examples takes no step.
 
+    A client that does a share of its work (`ctx.share`) stops after so many of its
+    steps, to the nearest whole one, and has done the same as one that goes on.
+
     Where every client has as many examples the number of steps is static and the loop
-    can be differentiated in reverse; ragged clients each stop at their own last step
-    (forward-mode derivatives only).
+    can be differentiated in reverse; ragged clients, and those with a share, each stop
+    at their own last step (forward-mode derivatives only).
 
     Args:
-      key: of this client in this round.
+      ctx: of this client in this round; `core.lone_context` outside any round.
       gradient: `(params, batch, mask, key) -> (loss, gradient)`, see `gradient`.
       optimizer: any optax optimiser.
       params: where to start.
@@ -236,19 +240,22 @@ def train(
       A `Trained`.
 
     Raises:
-      TypeError: if data is not one client's `ClientData`.
+      TypeError: if ctx is no `Context`, or data not one client's `ClientData`.
       ValueError: if both epochs and steps are given, or a number is not positive.
 
     >>> from jaxfl import from_arrays
     >>> data = from_arrays(jnp.zeros(5), jnp.arange(5.0), client_ids=[0, 0, 0, 1, 1])
     >>> slope = gradient(lambda w, batch, key: 0.5 * (w - batch["y"]) ** 2)
+    >>> from jaxfl.core import lone_context
     >>> trained = train(
-    ...     jax.random.key(0), slope, optax.sgd(0.5), jnp.float32(0), data[1],
-    ...     batch_size=None, epochs=2)
+    ...     lone_context(jax.random.key(0)), slope, optax.sgd(0.5), jnp.float32(0),
+    ...     data[1], batch_size=None, epochs=2)
     >>> trained.params.item(), trained.metrics["steps"].item()  # y is 3 and 4
     (2.625, 2)
     """
     check_work(**work)
+    if not isinstance(ctx, Context):
+        raise TypeError(f"ctx must be the client's jaxfl.Context, got {ctx!r}.")
     if not isinstance(data, ClientData) or jnp.ndim(data.start) != 0:
         raise TypeError(f"data must be the ClientData of one client, got {data!r}.")
     longest = max(1, data.longest)
@@ -263,7 +270,9 @@ def train(
     else:
         passes = -(-steps // max(1, -(-data.shortest // batch)))
         total = steps if data.shortest else jnp.where(data.size > 0, steps, 0)
-    order_key, step_key = jax.random.split(key)
+    if ctx.share is not None:
+        total = jnp.round(ctx.share * total).astype(jnp.int32)
+    order_key, step_key = jax.random.split(ctx.key)
     order = _orders(order_key, data, passes, batch, work.get("shuffle", True))
 
     def in_passes(i):
@@ -320,6 +329,23 @@ def check_work(**work: Unpack[Work]) -> None:
         value = work.get(name)
         if value is not None and (not isinstance(value, Integral) or int(value) < 1):
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+
+
+def num_steps(data: ClientData, **work: Unpack[Work]) -> np.ndarray:
+    """How many steps `train` takes at each client in a round, int64 `[N]`.
+
+    >>> from jaxfl import from_arrays
+    >>> data = from_arrays(jnp.zeros(5), jnp.zeros(5), client_ids=[0, 0, 0, 1, 1])
+    >>> num_steps(data, batch_size=2, epochs=3).tolist()
+    [6, 3]
+    """
+    check_work(**work)
+    size, longest = np.asarray(data.size, np.int64), max(1, data.longest)
+    steps = work.get("steps")
+    if steps is not None:
+        return np.where(size > 0, steps, 0)
+    batch = min(work.get("batch_size", 32) or longest, longest)
+    return (work.get("epochs") or 1) * -(-size // batch)
 
 
 def _at_once(grads: PyTree) -> PyTree:

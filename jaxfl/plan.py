@@ -17,6 +17,7 @@ import numpy as np
 from jaxfl import tree
 from jaxfl.core import Data, Federation, Params
 from jaxfl.data.federated import ClientData
+from jaxfl.faults.schedule import Schedule
 from jaxfl.mesh import client_mesh
 from jaxfl.round import (
     execution_order,
@@ -82,7 +83,7 @@ def dry_run(
     params: Params,
     data: Data | OnHost,
     *,
-    cohort_size: int | Poisson | Cyclic | None = None,
+    cohort_size: int | Poisson | Cyclic | Schedule | None = None,
 ) -> Estimate:
     """What a round would cost: compiled, and not run.
 
@@ -90,7 +91,7 @@ def dry_run(
       federation: the composed round.
       params: the model, or its `jax.ShapeDtypeStruct`s.
       data: the population's; one `on_host` counts as if it were on the device.
-      cohort_size: K, or `Poisson(...)` or `Cyclic(K)`; None for everyone.
+      cohort_size: K, or `Poisson(...)`, `Cyclic(K)`, a `faults.Schedule`; None for all.
 
     Returns:
       An `Estimate`; print it.
@@ -109,10 +110,11 @@ def dry_run(
     (192.0, 192.0, 0.67)
     """
     data = population_of(data)
-    k = cohort_rows(cohort_size, population_size(data))
+    n = population_size(data)
+    k = min(cohort_rows(cohort_size, n), n)
     mesh = federation.mesh
     devices = 1 if mesh is None else mesh.size
-    asked = expected_size(cohort_size, population_size(data))
+    asked = expected_size(cohort_size, n)
     abstract = _abstract(params), _abstract(data)
     server, own = jax.eval_shape(federation.parts[0].init, abstract[0])
     broadcast, payload = message_shapes(federation.parts[0], server, own, abstract[1])
@@ -134,7 +136,7 @@ def tune(
     params: Params,
     data: Data | OnHost,
     *,
-    cohort_size: int | Poisson | Cyclic | None = None,
+    cohort_size: int | Poisson | Cyclic | Schedule | None = None,
     verbose: bool = True,
 ) -> Federation:
     """The same federation under the plan that suits this machine.
@@ -152,7 +154,7 @@ def tune(
       federation: as from `federate`; its own plan is left aside.
       params: the model, or its `jax.ShapeDtypeStruct`s.
       data: the population's; one `on_host` counts as if it were on the device.
-      cohort_size: K, or `Poisson(...)` or `Cyclic(K)`; None for everyone.
+      cohort_size: K, or `Poisson(...)`, `Cyclic(K)`, a `faults.Schedule`; None for all.
       verbose: whether to print the plan, and why it was chosen.
 
     Returns:
@@ -171,7 +173,8 @@ def tune(
     10
     """
     data = population_of(data)
-    k = cohort_rows(cohort_size, population_size(data))
+    n = population_size(data)
+    k = min(cohort_rows(cohort_size, n), n)
     devices = jax.devices()[:k]  # more would have no client
     mesh = client_mesh(devices) if len(devices) > 1 else None
     if jax.default_backend() == "cpu":

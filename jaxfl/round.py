@@ -278,15 +278,16 @@ def federate(
 
     def at_client(seen, x):
         """One client of the cohort, from its data to its message."""
-        ctx, client_key, channel_server, examples = seen
-        client, own, data, weight, alive = x
+        ctx, broadcast, client_key, channel_server, examples = seen
+        client, own, data, weight, alive, arrives, share, staleness = x
         key = jax.random.fold_in(client_key, client)
         train_key, send_key = jax.random.split(key)
-        ctx = ctx._replace(client=client)
+        ctx = ctx._replace(client=client, share=share, staleness=staleness)
+        ctx = ctx._replace(broadcast=algorithm.version(ctx, broadcast))
 
         payload, own_algorithm, metrics = algorithm.client(
             ctx._replace(key=train_key),
-            ctx.broadcast,
+            broadcast,
             own.algorithm,
             _rejoin(examples, data),
         )
@@ -303,9 +304,11 @@ def federate(
         own_channel = _same(own.channel, own_channel, "channel.encode")
         finite &= tree.is_finite((message.payload, message.weight, report))
         done = alive & finite
-        sent = done & (message.weight > 0)
-        payload = tree.mask(sent, message.payload)
-        length = jnp.where(sent, aggregator.bits(payload, message.bits), message.bits)
+        left = done & (message.weight > 0)
+        sent = left if arrives is None else left & arrives
+        payload = tree.mask(left, message.payload)
+        length = jnp.where(left, aggregator.bits(payload, message.bits), message.bits)
+        payload = payload if arrives is None else tree.mask(sent, payload)
         own = optax.tree.where(done, ClientState(own_algorithm, own_channel), own)
 
         to_sum = tree.mask(sent, report), payload if aggregator.linear else ()
@@ -314,6 +317,7 @@ def federate(
             own,
             sent,
             alive & ~finite,
+            None if arrives is None else left & ~arrives,
             jnp.where(alive, length + message.header, 0.0),
             _blank_unless(alive, metrics),
             _blank_unless(alive, report),
@@ -330,7 +334,9 @@ def federate(
         ctx = server_context(
             server_key, state.round, roster, cohort.alive, population, broadcast
         )
-        padded = _pad(cohort, chunk_size, mesh)
+        ctx = ctx._replace(broadcast=algorithm.version(ctx, broadcast))
+        unclocked = cohort._replace(time=None, ended=None, asked=None)
+        padded = _pad(unclocked, chunk_size, mesh)
         padded, place = _longest_first(padded, chunk_size, mesh)
         place = slice(k) if place is None else place[:k]
         aggregate_key, decode_key, step_key = jax.random.split(ctx.key, 3)
@@ -343,13 +349,16 @@ def federate(
 
         (reports, summed), stacked = map_clients(
             at_client,
-            (ctx, client_key, server.channel, examples),
-            (padded.client, own, rows, padded.weight, padded.alive),
+            (ctx, broadcast, client_key, server.channel, examples),
+            (
+                *(padded.client, own, rows, padded.weight, padded.alive),
+                *(padded.arrives, padded.share, padded.staleness),
+            ),
             chunk_size=_chunk(padded, chunk_size, mesh),
             mesh=mesh,
         )
         payloads, own, *stacked = stacked
-        sent, rejected, bits_up, metrics, each = jax.tree.map(
+        sent, rejected, lost, bits_up, metrics, each = jax.tree.map(
             lambda x: x[place], stacked
         )
 
@@ -420,7 +429,8 @@ def federate(
         bits_up, bits_back = aggregator.traffic(
             ctx, bits_up, delivered, jnp.float32(given_back)
         )
-        bits_down = jnp.where(ctx.alive, bits_down, 0.0) + bits_back
+        asked = ctx.alive if cohort.asked is None else cohort.asked
+        bits_down = jnp.where(asked, bits_down, 0.0) + bits_back
         info = Info(
             client=roster,
             alive=ctx.alive,
@@ -431,6 +441,11 @@ def federate(
             bits_down=bits_down,
             metrics=metrics,
             reports=each,
+            asked=cohort.asked,
+            lost=lost,
+            staleness=cohort.staleness,
+            time=cohort.time,
+            ended=cohort.ended,
         )
         return new, info
 
@@ -450,9 +465,10 @@ def message_shapes(
         ctx = server_context(
             jax.random.key(0), jnp.int32(0), nobody, nobody > 0, n, broadcast
         )
+        ctx = ctx._replace(broadcast=algorithm.version(ctx, broadcast))
         shared, rows = _separate(data)
         one = _rejoin(shared, jax.tree.map(lambda x: x[0], rows))
-        return broadcast, algorithm.client(ctx, broadcast, client_state, one)[0]
+        return ctx.broadcast, algorithm.client(ctx, broadcast, client_state, one)[0]
 
     return jax.eval_shape(messages, server_state, client_state, data)
 
@@ -508,7 +524,8 @@ def _rejoin(shared: PyTree, rows: PyTree) -> Data:
 
 def _check_cohort(cohort: Cohort) -> int:
     k = population_size(cohort.data)
-    for name in ("client", "weight", "alive", "row"):
+    of_each = ("client", "weight", "alive", "row", "asked", "arrives", "share")
+    for name in (*of_each, "staleness", "time"):
         value = getattr(cohort, name)
         shape = (k,) if value is None else jnp.shape(value)
         if shape != (k,):
@@ -561,7 +578,8 @@ def _longest_first(
 ) -> tuple[Cohort, jax.Array | None]:
     """Puts ragged clients of like sizes into one chunk, and as much on every device.
 
-    A chunk's loop ends with its longest client. Who is not alive has nothing to do.
+    A chunk's loop ends with its longest client. Who is not alive has nothing to do, and
+    who does a share of its work has that share to do.
 
     Returns:
       The cohort in its new order, and for each old place the new one, `[K]`; the same
@@ -570,14 +588,18 @@ def _longest_first(
     devices = 1 if mesh is None else mesh.shape[AXIS]
     chunk = _chunk(cohort, chunk_size, mesh)
     data, k = cohort.data, cohort.client.shape[0]
-    if not isinstance(data, ClientData) or data.static_size is not None:
+    if not isinstance(data, ClientData) or (
+        data.static_size is not None and cohort.share is None
+    ):
         return cohort, None
-    size = jnp.where(cohort.alive, data.size, 0)
+    work = size = jnp.where(cohort.alive, data.size, 0)
     cohort = cohort._replace(data=dataclasses.replace(data, size=size))
+    if cohort.share is not None:
+        work = size * cohort.share
     if k == chunk or chunk == devices == 1:
         return cohort, None
-    ranked = jnp.argsort(-size, stable=True)
-    order = ranked[execution_order(size[ranked], chunk, devices)]
+    ranked = jnp.argsort(-work, stable=True)
+    order = ranked[execution_order(work[ranked], chunk, devices)]
     return _take(cohort, order), jnp.argsort(order)
 
 

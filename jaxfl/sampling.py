@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxfl.core import Cohort, Data, PyTree
 from jaxfl.data.federated import ClientData
+from jaxfl.faults.schedule import Schedule
 from jaxfl.mesh import NOBODY
 from jaxfl.round import population_size, select_clients
 
@@ -146,7 +148,7 @@ def _weights(data: Data, weight: PyTree) -> jax.Array:
     return jnp.asarray(weight, jnp.float32)
 
 
-def cohort_rows(cohort_size: int | Poisson | Cyclic | None, n: int) -> int:
+def cohort_rows(cohort_size: int | Poisson | Cyclic | Schedule | None, n: int) -> int:
     """How many rows a cohort has: N if no size is given.
 
     Raises:
@@ -158,15 +160,22 @@ def cohort_rows(cohort_size: int | Poisson | Cyclic | None, n: int) -> int:
         return cohort_size.rows(n)
     if isinstance(cohort_size, Cyclic):
         return cohort_rows(cohort_size.size, n)
+    if isinstance(cohort_size, Schedule):
+        cohort_size.check(n)
+        return cohort_size.client.shape[1]
     if not 1 <= cohort_size <= n:
         raise ValueError(f"cohort_size must be between 1 and {n}, got {cohort_size}.")
     return cohort_size
 
 
-def expected_size(cohort_size: int | Poisson | Cyclic | None, n: int) -> float:
+def expected_size(
+    cohort_size: int | Poisson | Cyclic | Schedule | None, n: int
+) -> float:
     """How many clients a cohort has on average."""
     if isinstance(cohort_size, Poisson):
         return cohort_size.expected
+    if isinstance(cohort_size, Schedule):
+        return float((np.asarray(cohort_size.client) != NOBODY).sum(1).mean())
     return cohort_rows(cohort_size, n)
 
 

@@ -14,10 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxfl.core import Cohort, Data, Federation, Info, Params, State
+from jaxfl.faults.schedule import Schedule
 from jaxfl.history import History, concatenate
 from jaxfl.mesh import AXIS, NOBODY, are_spread
 from jaxfl.round import population_size
@@ -50,7 +52,7 @@ def scan_rounds(
     *,
     rounds: int,
     key: jax.Array,
-    cohort_size: int | Poisson | Cyclic | None = None,
+    cohort_size: int | Poisson | Cyclic | Schedule | None = None,
     weight: jax.Array | None = None,
     evaluate: Evaluate | None = None,
     every: int = 1,
@@ -68,7 +70,8 @@ def scan_rounds(
       rounds: R.
       key: of the run.
       cohort_size: K, clients drawn uniformly for each round; or `Poisson(...)`, or
-        `Cyclic(K)`; None for everyone.
+        `Cyclic(K)`; or a `faults.Schedule`, of which round t is done in round t of the
+        run, and which a vmap may map over; None for everyone.
       weight: float32 `[N]`, see `sample_cohort`.
       evaluate: `state -> {name: array}`, or None.
       every: rounds between evaluations; must divide `rounds`.
@@ -77,7 +80,8 @@ def scan_rounds(
       The last state, and `(info [R, K, ...], evaluations [R / every, ...])`.
 
     Raises:
-      ValueError: if every does not divide rounds, or either is not positive.
+      ValueError: if every does not divide rounds, or either is not positive; if a
+        schedule does not fit, or has too few rounds.
 
     Four runs with four client learning rates, as one program:
 
@@ -104,17 +108,13 @@ def scan_rounds(
 
     n = population_size(data)
     cohort_rows(cohort_size, n)
-    if cohort_size is None or cohort_size == n:
-        draw = None  # everyone, whose data stay where they are
-    else:
-        draw = draws_of_run(sample_key, n, cohort_size)
+    if isinstance(cohort_size, Schedule):
+        done = 0 if isinstance(state.round, Tracer) else int(state.round)
+        _check_long_enough(cohort_size, done + rounds)
+    cohort_in = _cohorts(sample_key, data, weight, cohort_size, n)
 
     def one_round(state, _):
-        if draw is None:
-            cohort = sample_cohort(sample_key, data, weight=weight)
-        else:
-            cohort = cohort_of(draw(state.round), data, weight)
-        return federation.round(run_key, state, cohort)
+        return federation.round(run_key, state, cohort_in(state.round))
 
     def segment(state, _):
         state, info = jax.lax.scan(one_round, state, length=every)
@@ -125,16 +125,44 @@ def scan_rounds(
     return state, (info, evaluations)
 
 
+def _cohorts(sample_key, data, weight, cohort_size, n) -> Callable:
+    """`round -> Cohort`."""
+    if isinstance(cohort_size, Schedule):
+        schedule = jax.tree.map(jnp.asarray, cohort_size)
+
+        def scheduled(round):
+            now = schedule.at(round)
+            return now.applied(cohort_of(now.client, data, weight))
+
+        return scheduled
+    if cohort_size is None or cohort_size == n:
+        # everyone, whose data stay where they are
+        return lambda round: sample_cohort(sample_key, data, weight=weight)
+    draw = draws_of_run(sample_key, n, cohort_size)
+    return lambda round: cohort_of(draw(round), data, weight)
+
+
 @functools.partial(
     jax.jit,
     static_argnames=("federation", "rounds", "cohort_size", "layout"),
     donate_argnames="state",
 )
 def _segment(
-    federation, state, data, weight, evaluate, key, *, rounds, cohort_size, layout
+    federation,
+    state,
+    data,
+    weight,
+    evaluate,
+    key,
+    schedule,
+    *,
+    rounds,
+    cohort_size,
+    layout,
 ):
     """The compiled unit of `simulate`: some rounds, then an evaluation.
 
+    A schedule, which is data, comes in place of a cohort size, which is static.
     `layout` has the shardings of the state's leaves, or is None without a mesh.
     """
     state, (info, evaluations) = scan_rounds(
@@ -143,7 +171,7 @@ def _segment(
         data,
         rounds=rounds,
         key=key,
-        cohort_size=cohort_size,
+        cohort_size=cohort_size if schedule is None else schedule,
         weight=weight,
         evaluate=evaluate,
         every=rounds,
@@ -196,7 +224,7 @@ def simulate(
     *,
     rounds: int,
     key: jax.Array,
-    cohort_size: int | Poisson | Cyclic | None = None,
+    cohort_size: int | Poisson | Cyclic | Schedule | None = None,
     weight: jax.Array | np.ndarray | None = None,
     evaluate: Evaluate | None = None,
     every: int = 1,
@@ -230,15 +258,17 @@ def simulate(
       key: random key, `jax.random.key(seed)`.
       cohort_size: K, clients drawn uniformly without replacement for each round; or
         `Poisson(expected)`, where each takes part for itself; or `Cyclic(K)`, in turn;
-        None for everyone.
+        or a `faults.Schedule`, which says who is there in each round, and what happens
+        to them; None for everyone.
       weight: `[N]`, the weights of clients; their numbers of examples by default.
       evaluate: `state -> {name: array}` after every segment, on the device; see
         `evaluate.on_server`.
       every: rounds in a segment.
       checkpoint: a folder. If it holds a run, this one goes on where that stopped, to
         the same bits. It must have been begun with the same arguments: the key, the
-        initial params, the weights, N, K, `every` and a sample of the data are checked,
-        the federation is taken on trust. `rounds` may grow.
+        initial params, the weights, N, K or the whole schedule, `every` and a sample of
+        the data are checked, the federation is taken on trust. `rounds` may grow, in a
+        schedule that was long enough from the first.
       checkpoint_every: rounds between checkpoints, a multiple of `every`; about twenty
         checkpoints a run by default. The last round is always saved. They are written
         while the next segment runs.
@@ -276,11 +306,11 @@ def simulate(
     if until is not None and evaluate is None:
         raise ValueError("until needs evaluate: it judges what evaluate returned.")
     _check_arguments(n, rounds, key, cohort_size, weight, every, checkpoint_every)
+    size = None if cohort_size == n else cohort_size
     if evaluate is not None and not isinstance(evaluate, jax.tree_util.Partial):
         evaluate = jax.tree_util.Partial(evaluate)
     sample_key = jax.random.split(key)[0]  # on this process's own device
     params, weight, key, evaluate = _place((params, weight, key, evaluate), federation)
-    size = None if cohort_size == n else cohort_size
     if isinstance(data, OnHost):
         state, feed, segment, piece_like = _from_host(
             federation, params, data, weight, evaluate, key, sample_key, size
@@ -301,11 +331,7 @@ def simulate(
                 "weight": digest(weight),
                 "data": digest(given, most=2**20),
                 "population": n,
-                "cohort_size": (
-                    repr(cohort_size)
-                    if isinstance(cohort_size, Poisson | Cyclic)
-                    else cohort_size
-                ),
+                "cohort_size": _written(cohort_size, digest),
                 "every": every,
             }
             folder = stack.enter_context(
@@ -358,6 +384,15 @@ def simulate(
     return state, concatenate(pieces)
 
 
+def _written(cohort_size: Any, digest: Callable[[PyTree], str]) -> Any:
+    """A cohort size as JSON can hold it."""
+    if isinstance(cohort_size, Schedule):
+        return f"Schedule({digest(cohort_size)})"
+    return (
+        repr(cohort_size) if isinstance(cohort_size, Poisson | Cyclic) else cohort_size
+    )
+
+
 def _spans(done: int, rounds: int, every: int) -> Generator[tuple[int, int]]:
     """The first round and the number of rounds of each segment to come."""
     while done < rounds:
@@ -372,6 +407,9 @@ def _from_device(federation, params, data, weight, evaluate, key, size):
     """
     data = _place(data, federation)
     state, layout = _first_state(federation, params, data)
+    schedule = None
+    if isinstance(size, Schedule):
+        schedule, size = _place(size, federation), None
 
     def segment(state, span):
         return _segment(
@@ -381,6 +419,7 @@ def _from_device(federation, params, data, weight, evaluate, key, size):
             weight,
             evaluate,
             key,
+            schedule,
             rounds=span[1],
             cohort_size=size,
             layout=layout,
@@ -408,7 +447,11 @@ def _from_host(federation, params, host, weight, evaluate, key, sample_key, size
 
     def cohorts(span):
         first, rounds = span
-        if size is None:
+        now = None
+        if isinstance(size, Schedule):
+            now = jax.tree.map(np.asarray, size).at(slice(first, first + rounds))
+            client = now.client.astype(np.int32)
+        elif size is None:
             client = np.tile(np.arange(n, dtype=np.int32), (rounds, 1))
         else:
             draws = _draws(sample_key, first, rounds=rounds, n=n, size=size)
@@ -420,8 +463,10 @@ def _from_host(federation, params, host, weight, evaluate, key, sample_key, size
             row = row.reshape(client.shape).astype(np.int32)
             row = np.where(alive, row, np.int32(NOBODY))
         its_weight = np.where(alive, weight[somebody], np.float32(0))
-        cohort = client, gather(data, somebody), its_weight, alive, row
-        return Cohort(*_place_anywhere(cohort, federation)), once
+        of_all: Any = client, gather(data, somebody), its_weight, alive, row
+        cohort = Cohort(*of_all)
+        cohort = cohort if now is None else now.applied(cohort)
+        return _place_anywhere(cohort, federation), once
 
     def lend(state, cohorts, once):
         """The state with those clients' states of whom there are cohorts."""
@@ -504,6 +549,8 @@ def _check_arguments(n, rounds, key, cohort_size, weight, every, checkpoint_ever
         if not isinstance(value, numbers.Integral) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
     cohort_rows(cohort_size, n)
+    if isinstance(cohort_size, Schedule):
+        _check_long_enough(cohort_size, rounds)
     if weight is not None:
         if np.shape(weight) != (n,):
             raise ValueError(f"weight must have shape ({n},), got {np.shape(weight)}.")
@@ -514,6 +561,13 @@ def _check_arguments(n, rounds, key, cohort_size, weight, every, checkpoint_ever
     ):
         raise ValueError(
             f"checkpoint_every must be a multiple of {every=}, got {checkpoint_every}."
+        )
+
+
+def _check_long_enough(schedule: Schedule, rounds: int) -> None:
+    if schedule.rounds < rounds:
+        raise ValueError(
+            f"schedule has {schedule.rounds} rounds, of the {rounds} there are to be."
         )
 
 

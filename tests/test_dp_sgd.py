@@ -17,6 +17,7 @@ from scipy import stats
 
 import jaxfl
 from jaxfl import local, privacy
+from jaxfl.core import lone_context
 
 D = 1000
 
@@ -44,7 +45,8 @@ def private(z, clip_norm, denominator=4, microbatch_size=None, of=loss):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _trained(gradient, work, key, data):
     start = jnp.zeros(D)
-    return local.train(key, gradient, optax.sgd(0.1), start, data, **dict(work))
+    ctx = lone_context(key)
+    return local.train(ctx, gradient, optax.sgd(0.1), start, data, **dict(work))
 
 
 def trained(of, data, seed=0, **work):
@@ -136,8 +138,9 @@ def test_poisson_batches_take_each_example_by_itself():
     start = int(one.start)
     x = jnp.zeros((33, 1)).at[one.index[start : start + n], 0].set(jnp.arange(n))
     one = dataclasses.replace(one, examples={"x": x})
+    ctx = lone_context(jax.random.key(0))
     total = local.train(
-        *(jax.random.key(0), seen, optax.sgd(1.0), jnp.zeros(2 * n + 2), one),
+        *(ctx, seen, optax.sgd(1.0), jnp.zeros(2 * n + 2), one),
         **local.Work(batch_size=b, steps=steps, poisson=True),
     ).params
     counts, sizes, together = total[:n], total[n : 2 * n + 1], total[-1]

@@ -82,6 +82,7 @@ def test_every_experiment_is_tested_here():
         *("byzantine", "backdoor2019"),
         "inverting_gradients",
         "hitaj2017",
+        "stragglers",
     }
 
 
@@ -125,6 +126,21 @@ def test_mnist_skews_with_other_biases(tmp_path):
     )
     assert list(summary) == ["pooled", "dominant_50", "settings"]
     assert len(rows) == 2
+
+
+def test_stragglers(tmp_path):
+    summary, rows, printed = results(tmp_path, "stragglers")
+    assert {"minutes", "speedup", "accuracy", "clean", "hostile", "fates"} < set(
+        summary
+    )
+    policies = {row["policy"] for row in rows}
+    assert policies == set(summary["minutes"]) and len(policies) == 6
+    # Who waits for all is slowest; a third vanishes and the run goes on.
+    assert min(summary["speedup"].values()) == summary["speedup"]["wait for all"] == 1
+    assert summary["speedup"]["FedBuff"] > 1.5
+    assert summary["hostile"] > summary["clean"] - 0.04
+    assert 0.4 < summary["fates"]["sent"] < 0.8 and summary["fates"]["rejected"] > 0.01
+    assert "FedBuff" in printed
 
 
 def test_node_curves(tmp_path):

@@ -235,6 +235,11 @@ PARTS = {
     ),
     "ifca": lambda h: (clustered(h), mean(), jaxfl.total()),
     "gan": lambda h: (reconstructed(h), mean(), jaxfl.total()),
+    "asynchronous": lambda h: (
+        jaxfl.asynchronous(fedavg(0.1 * h), 2),
+        chain(jaxfl.faults.corrupt(jaxfl.faults.garbage(h), 0.3), mean()),
+        jaxfl.total(),
+    ),
     # channels
     "identity": lambda h: (descent(0.1 * h), jaxfl.identity(), jaxfl.total()),
     "mean": lambda h: (descent(0.1 * h), mean(), jaxfl.total()),

@@ -9,6 +9,7 @@ import toy
 
 import jaxfl
 from jaxfl import local
+from jaxfl.core import lone_context
 
 STEPS = 24
 
@@ -25,7 +26,7 @@ def visits(key, data, width, **work):
         )
 
     log = jnp.float32(0), jnp.zeros((STEPS, width))
-    trained = local.train(key, note, optax.sgd(1.0), log, data, **work)
+    trained = local.train(lone_context(key), note, optax.sgd(1.0), log, data, **work)
     steps, rows = trained.params
     return steps, rows.astype(int) - 1
 
@@ -122,7 +123,7 @@ def test_what_is_not_the_clients_own_never_contributes(size):
         data = jaxfl.from_arrays(x, x[:, 0], ids, 3)
         return jax.jit(
             lambda key: local.train(
-                key,
+                lone_context(key),
                 local.gradient(toy.loss),
                 optax.sgd(0.1),
                 start,
@@ -140,7 +141,7 @@ def test_what_is_not_the_clients_own_never_contributes(size):
 def test_a_client_without_examples_takes_no_step():
     data = toy.data()
     trained = local.train(
-        jax.random.key(0),
+        lone_context(jax.random.key(0)),
         local.gradient(toy.loss),
         optax.adam(0.1),
         toy.params(),
@@ -156,7 +157,7 @@ def test_loss_is_the_mean_over_steps():
     """With no learning, of batches of 2 and of 1, the mean of the batches' means."""
     data = toy.data()
     trained = local.train(
-        jax.random.key(0),
+        lone_context(jax.random.key(0)),
         local.gradient(toy.loss),
         optax.sgd(0.0),
         toy.params(),
@@ -182,7 +183,7 @@ def test_probes_look_at_the_right_steps(sizes, probes):
         return jnp.float32(0), jnp.float32(-1)
 
     trained = local.train(
-        jax.random.key(0),
+        lone_context(jax.random.key(0)),
         count,
         optax.sgd(1.0),
         jnp.float32(0),
@@ -202,7 +203,7 @@ def test_probing_changes_nothing():
     def train(**probe):
         gradient = local.gradient(toy.loss)
         return local.train(
-            jax.random.key(0),
+            lone_context(jax.random.key(0)),
             gradient,
             optax.sgd(0.1, 0.9),
             toy.params(),
@@ -245,7 +246,8 @@ def test_check_work(error, word, work):
 
 
 def test_the_data_is_one_clients():
-    args = jax.random.key(0), local.gradient(toy.loss), optax.sgd(0.1), toy.params()
+    ctx = lone_context(jax.random.key(0))
+    args = ctx, local.gradient(toy.loss), optax.sgd(0.1), toy.params()
     for wrong in (toy.data(), jnp.ones(3)):
         with pytest.raises(TypeError, match="ClientData of one client"):
             local.train(*args, wrong)  # type: ignore[arg-type]

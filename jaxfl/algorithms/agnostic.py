@@ -81,7 +81,12 @@ def agnostic(
         params, mixture = broadcast
         train_key, loss_key = jax.random.split(ctx.key)
         trained = local.train(
-            train_key, gradient, client_optimizer, params, data, **work
+            ctx._replace(key=train_key),
+            gradient,
+            client_optimizer,
+            params,
+            data,
+            **work,
         )
         before, _ = local.full_gradient(
             loss_key, gradient, params, data, work.get("batch_size", 32)

@@ -104,7 +104,12 @@ def apfl(
             return value, (at_shared, tree.scale(own.alpha, at_mixed))
 
         trained = local.train(
-            train_key, both, client_optimizer, (w, own.own), data, **work
+            ctx._replace(key=train_key),
+            both,
+            client_optimizer,
+            (w, own.own),
+            data,
+            **work,
         )
         shared, v = trained.params
         return optax.tree.sub(w, shared), own._replace(own=v), trained.metrics

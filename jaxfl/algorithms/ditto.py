@@ -71,7 +71,9 @@ def ditto(
         near = optax.chain(
             local.proximal(lam, w), personal_optimizer or client_optimizer
         )
-        own = local.train(own_key, gradient, near, personal, data, **work)
+        own = local.train(
+            ctx._replace(key=own_key), gradient, near, personal, data, **work
+        )
         return payload, own.params, metrics | {"personal": own.metrics}
 
     return plain._replace(init=init, client=client)

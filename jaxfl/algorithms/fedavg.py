@@ -76,9 +76,7 @@ def fedavg(
         return FedAvgState(params, server_optimizer.init(params)), ()
 
     def client(ctx, broadcast, client_state, data):
-        trained = local.train(
-            ctx.key, gradient, client_optimizer, broadcast, data, **work
-        )
+        trained = local.train(ctx, gradient, client_optimizer, broadcast, data, **work)
         payload = optax.tree.sub(broadcast, trained.params)
         return payload, client_state, trained.metrics
 

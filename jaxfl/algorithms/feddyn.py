@@ -76,7 +76,7 @@ def feddyn(
 
     def client(ctx, theta, own, data):
         dynamic = local.tilted(gradient, tree.scale(-1.0, own))
-        trained = local.train(ctx.key, dynamic, optimizer, theta, data, **work)
+        trained = local.train(ctx, dynamic, optimizer, theta, data, **work)
         payload = optax.tree.sub(theta, trained.params)
         own = optax.tree.add(own, tree.scale(alpha, payload))
         return payload, own, trained.metrics

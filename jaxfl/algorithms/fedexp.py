@@ -70,9 +70,7 @@ def fedexp(
         return FedExpState(params), ()
 
     def client(ctx, broadcast, client_state, data):
-        trained = local.train(
-            ctx.key, gradient, client_optimizer, broadcast, data, **work
-        )
+        trained = local.train(ctx, gradient, client_optimizer, broadcast, data, **work)
         update = optax.tree.sub(broadcast, trained.params)
         payload = {"model": update, "squared_norm": tree.norm(update, squared=True)}
         return payload, client_state, trained.metrics

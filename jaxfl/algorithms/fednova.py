@@ -82,9 +82,7 @@ def fednova(
         return FedAvgState(params, server_optimizer.init(params)), ()
 
     def client(ctx, broadcast, client_state, data):
-        trained = local.train(
-            ctx.key, gradient, client_optimizer, broadcast, data, **work
-        )
+        trained = local.train(ctx, gradient, client_optimizer, broadcast, data, **work)
         moved = length(trained.metrics["steps"])
         normalised = tree.divide(
             optax.tree.sub(broadcast, trained.params), jnp.where(moved > 0, moved, 1.0)

@@ -104,13 +104,15 @@ def fedper(
         model, optimizer = tree.with_named(params, own), client_optimizer
         if head_steps:
             model = local.train(
-                *(head_key, gradient, only(True), model, data),
+                *(ctx._replace(key=head_key), gradient, only(True), model, data),
                 batch_size=work.get("batch_size", 32),
                 steps=head_steps,
                 shuffle=work.get("shuffle", True),
             ).params
             optimizer = only(False)
-        trained = local.train(key, gradient, optimizer, model, data, **work)
+        trained = local.train(
+            ctx._replace(key=key), gradient, optimizer, model, data, **work
+        )
         payload = optax.tree.sub(part(params, False), part(trained.params, False))
         return payload, part(trained.params, True), trained.metrics
 

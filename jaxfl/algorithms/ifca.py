@@ -86,7 +86,7 @@ def ifca(
         chosen = jnp.argmin(jax.lax.map(value, models)).astype(jnp.int32)
         model = jax.tree.map(lambda x: x[chosen], models)
         trained = local.train(
-            train_key, gradient, client_optimizer, model, data, **work
+            ctx._replace(key=train_key), gradient, client_optimizer, model, data, **work
         )
         update = optax.tree.sub(model, trained.params)
         payload = {

@@ -55,7 +55,7 @@ def isolated(
         return IsolatedState(params), params
 
     def client(ctx, broadcast, model, data):
-        trained = local.train(ctx.key, gradient, client_optimizer, model, data, **work)
+        trained = local.train(ctx, gradient, client_optimizer, model, data, **work)
         return (), trained.params, trained.metrics
 
     def server(ctx, state, outcome):

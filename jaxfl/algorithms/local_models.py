@@ -74,7 +74,7 @@ def local_models(
         return LocalModelsState(params), params
 
     def client(ctx, reference, model, data):
-        trained = local.train(ctx.key, gradient, client_optimizer, model, data, **work)
+        trained = local.train(ctx, gradient, client_optimizer, model, data, **work)
         payload = optax.tree.sub(reference, trained.params)
         return payload, trained.params, trained.metrics
 

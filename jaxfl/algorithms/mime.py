@@ -91,7 +91,12 @@ def mime(
             lambda updates, params: optimizer.update(updates, statistics, params)[0]
         )
         trained = local.train(
-            train_key, gradient if lite else corrected, fixed, x, data, **work
+            ctx._replace(key=train_key),
+            gradient if lite else corrected,
+            fixed,
+            x,
+            data,
+            **work,
         )
         size = work.get("batch_size", 32)
         _, full = local.full_gradient(full_key, gradient, x, data, size)

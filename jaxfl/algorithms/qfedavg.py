@@ -75,7 +75,9 @@ def qfedavg(
 
     def client(ctx, broadcast, client_state, data):
         train_key, before_key = jax.random.split(ctx.key)
-        trained = local.train(train_key, gradient, optimizer, broadcast, data, **work)
+        trained = local.train(
+            ctx._replace(key=train_key), gradient, optimizer, broadcast, data, **work
+        )
         before, _ = local.full_gradient(
             before_key, gradient, broadcast, data, work.get("batch_size", 32)
         )

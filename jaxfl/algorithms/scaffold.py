@@ -86,7 +86,7 @@ def scaffold(
         x, control = broadcast
         train_key, exact_key = jax.random.split(ctx.key)
         trained = local.train(
-            train_key,
+            ctx._replace(key=train_key),
             local.tilted(gradient, optax.tree.sub(control, own)),
             *(optimizer, x, data),
             **work,
