@@ -102,6 +102,8 @@ class Settings:
     """How often each row has its turn, in a new process."""
     channels: bool = False
     """Time channels instead."""
+    only: tuple[str, ...] = ()
+    """Which of the channels; all by default."""
     one: bool = False
     """Time the one workload and row given, in this process, and print JSON."""
 
@@ -337,6 +339,7 @@ def measure_channels(config: Settings) -> None:
     rounds = {
         channel: with_jaxfl(WORKLOADS[name], TUNED, x, y, how)
         for channel, how in channels().items()
+        if channel in (*config.only, "nothing") or not config.only
     }
     compiled = {
         channel: timed(lambda go=go: go(0))
@@ -413,7 +416,9 @@ def draw(summary: dict):
 
 def main() -> None:
     config = common.settings(PRESETS, __doc__)
-    common.check_known((config.workloads, WORKLOADS), (config.rows, ROWS))
+    common.check_known(
+        (config.workloads, WORKLOADS), (config.rows, ROWS), (config.only, channels())
+    )
     if config.channels:
         measure_channels(config)
         return

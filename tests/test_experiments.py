@@ -215,13 +215,14 @@ def test_speed(tmp_path):
 
 
 def test_speed_of_channels(tmp_path):
-    done = run(tmp_path, "speed", "--preset", "ci", "--channels")
+    only = ["clip and noise", "top_k, 1 %, error feedback", "eden, 4 bits"]
+    done = run(tmp_path, "speed", "--preset", "ci", "--channels", "--only", *only)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "results" / "speed_channels"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["workload"] == "tiny" and summary["added"]["nothing"] == 0
-    assert set(summary["seconds"]) == set(speed.channels())
-    assert all(name in done.stdout for name in speed.channels())
+    assert set(summary["seconds"]) == {"nothing", *only} < set(speed.channels())
+    assert all(name in done.stdout for name in only)
 
 
 def test_kamp2018(tmp_path):
