@@ -66,6 +66,8 @@ def fedasync(
     Reference: Xie, Koyejo, Gupta 2019, arXiv:1903.03934, algorithm 1.
     """
     local.check_work(**work)
+    if isinstance(rho, int | float) and not rho >= 0:
+        raise ValueError(f"rho must be at least 0, got {rho}.")
     plain = local.gradient(loss)
     optimizer = optax.chain(local.proximal(rho), client_optimizer)
     averaging = fedavg(loss, client_optimizer, optax.sgd(mixing), **work)
