@@ -334,6 +334,7 @@ def together(turns: list[dict]) -> dict:
 def measure_channels(config: Settings) -> None:
     """Every channel's round, in turns; a table of how much longer it is than plain."""
     jaxfl.cores_as_devices()
+    common.check_known((config.only, channels()))
     name = "tiny" if config.preset == "ci" else "W2"
     x, y = pixels(WORKLOADS[name])
     rounds = {
@@ -416,9 +417,7 @@ def draw(summary: dict):
 
 def main() -> None:
     config = common.settings(PRESETS, __doc__)
-    common.check_known(
-        (config.workloads, WORKLOADS), (config.rows, ROWS), (config.only, channels())
-    )
+    common.check_known((config.workloads, WORKLOADS), (config.rows, ROWS))
     if config.channels:
         measure_channels(config)
         return

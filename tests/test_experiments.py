@@ -80,7 +80,7 @@ def test_every_experiment_is_tested_here():
         *("dp_fedavg", "dp_ftrl2021"),
         "scaffold2020",
         *("byzantine", "backdoor2019"),
-        "inverting_gradients",
+        *("inverting_gradients", "membership"),
         "hitaj2017",
         "stragglers",
     }
