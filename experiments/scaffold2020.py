@@ -54,7 +54,7 @@ class Settings:
 
 PRESETS = {
     "ci": Settings(
-        *("ci", (0.0, 1.0), (1, 5), (0.03, 0.1)),
+        *("ci", (0.0, 1.0), (5,), (0.03, 0.1)),
         *(25, 1),
         target=0.7,
         segment=5,
@@ -85,7 +85,32 @@ def algorithms(config, loss, epochs, batch_size):
     return {"SGD": sgd, "SCAFFOLD": scaffold, "FedAvg": fedavg, "FedProx": fedprox}
 
 
-def rounds_to_target(config, algorithm_of, model, data, test):
+def programs(config, algorithm_of, model):
+    """`(rates, keys, data) -> states`, and a segment of all of these runs."""
+
+    def federation_of(rate):
+        return jaxfl.federate(algorithm_of(rate), jaxfl.mean())
+
+    def begin(rate, key, data):
+        return federation_of(rate).init(model.init(key), data)
+
+    def segment(rate, key, state, data, evaluate):
+        state, (_, seen) = jaxfl.scan_rounds(
+            *(federation_of(rate), state, data),
+            rounds=config.segment,
+            key=key,
+            cohort_size=config.cohort,
+            evaluate=evaluate,
+        )
+        return state, seen["accuracy"]
+
+    return (
+        jax.jit(jax.vmap(begin, (0, 0, None))),
+        jax.jit(jax.vmap(segment, (0, 0, 0, None, None))),
+    )
+
+
+def rounds_to_target(config, begin, segment, data, evaluate):
     """The first round at the target, `[rates, seeds]`, and all accuracies.
 
     All learning rates and seeds run as one program, until all seeds of one of the rates
@@ -95,32 +120,11 @@ def rounds_to_target(config, algorithm_of, model, data, test):
         np.float32(config.learning_rates), np.arange(config.seeds), indexing="ij"
     )
     keys = jax.vmap(jax.random.key)(seeds.ravel())
-    evaluate = jaxfl.on_server(model.metrics, test)
-
-    def federation_of(rate):
-        return jaxfl.federate(algorithm_of(rate), jaxfl.mean())
-
-    @jax.jit
-    @jax.vmap
-    def begin(rate, key):
-        return federation_of(rate).init(model.init(key), data)
-
-    @jax.jit
-    @jax.vmap
-    def segment(rate, key, state):
-        return jaxfl.scan_rounds(
-            *(federation_of(rate), state, data),
-            rounds=config.segment,
-            key=key,
-            cohort_size=config.cohort,
-            evaluate=evaluate,
-        )
-
     flat = jnp.asarray(rates.ravel())
-    state, accuracy = begin(flat, keys), np.zeros((len(flat), 0))
+    state, accuracy = begin(flat, keys, data), np.zeros((len(flat), 0))
     while True:
-        state, (_, seen) = segment(flat, keys, state)
-        accuracy = np.concatenate([accuracy, seen["accuracy"]], 1)
+        state, seen = segment(flat, keys, state, data, evaluate)
+        accuracy = np.concatenate([accuracy, seen], 1)
         there = accuracy >= config.target
         reached = there.any(1).reshape(rates.shape)
         if reached.all(1).any() or accuracy.shape[1] >= config.most:
@@ -171,31 +175,35 @@ def main() -> None:
     train, test = mnist(config.data)
     model = models.from_linen(models.logistic_regression(), train["x"][:1])
     batch_size = len(train["y"]) // config.clients // 5
-    table, best, points = {}, {}, []
-    cells = [
-        (share, epochs, name)
-        for share in config.shares
-        for epochs in config.epochs
-        for name in ("SGD", "SCAFFOLD", "FedAvg", "FedProx")
-        if name != "SGD" or epochs == config.epochs[0]
-    ]
-    for share, epochs, name in rich.progress.track(cells, "cells"):
+    evaluate = jaxfl.on_server(model.metrics, test)
+    populations = {}
+    for share in config.shares:
         ids = similarity(train["y"], num_clients=config.clients, share=share, seed=0)
         data = from_arrays(train["x"], train["y"], ids, config.clients)
-        data = jax.tree.map(jnp.asarray, data)
+        populations[share] = jax.tree.map(jnp.asarray, data)
+    table, best, points = {}, {}, []
+    cells = [("SGD", 1)]
+    cells += [
+        (name, epochs)
+        for epochs in config.epochs
+        for name in ("SCAFFOLD", "FedAvg", "FedProx")
+    ]
+    for name, epochs in rich.progress.track(cells, "algorithms"):
         of_rate = algorithms(config, model.loss, epochs, batch_size)[name]
-        first, accuracy = rounds_to_target(config, of_rate, model, data, test)
-        mean = first.mean(1)  # NaN unless all seeds are there
-        at = int(np.nanargmin(mean)) if np.isfinite(mean).any() else -1
-        at_epochs = 1 if name == "SGD" else epochs
-        table[share, at_epochs, name] = float(mean[at]) if at >= 0 else np.nan
-        best[share, at_epochs, name] = config.learning_rates[at] if at >= 0 else None
-        points += [
-            (share, at_epochs, name, rate, seed, r + 1, value)
-            for rate, of_rate in zip(config.learning_rates, accuracy, strict=True)
-            for seed, values in enumerate(of_rate)
-            for r, value in enumerate(values)
-        ]
+        compiled = programs(config, of_rate, model)
+        for share, data in populations.items():
+            first, accuracy = rounds_to_target(config, *compiled, data, evaluate)
+            mean = first.mean(1)  # NaN unless all seeds are there
+            at = int(np.nanargmin(mean)) if np.isfinite(mean).any() else -1
+            found = at >= 0
+            table[share, epochs, name] = float(mean[at]) if found else np.nan
+            best[share, epochs, name] = config.learning_rates[at] if found else None
+            points += [
+                (share, epochs, name, rate, seed, r + 1, value)
+                for rate, runs in zip(config.learning_rates, accuracy, strict=True)
+                for seed, values in enumerate(runs)
+                for r, value in enumerate(values)
+            ]
 
     folder = common.results_folder("scaffold2020")
     summary = {

@@ -399,7 +399,7 @@ def test_threshold_front(tmp_path):
 def test_scaffold2020(tmp_path):
     summary, rows, printed = results(tmp_path, "scaffold2020")
     rounds = summary["rounds"]
-    assert len(rounds) == 2 * (1 + 3 * 2)
+    assert len(rounds) == 2 * (1 + 3 * 1)
     assert {r["algorithm"] for r in rows} == {"SGD", "SCAFFOLD", "FedAvg", "FedProx"}
     for name, least in rounds.items():  # the table is the history's first round there
         algorithm, epochs, share = name.split(", ")
