@@ -253,7 +253,7 @@ def test_a_median_never_holds_the_stack(mesh):
     assert_close(state, run(None, jaxfl.median())[0])
     gathered = [shapes for kind, *shapes in traffic(program) if kind == "all-gather"]
     assert gathered == [[(WIDE,)], [(3 * WIDE,)]]  # one model, not 16
-    assert memory(program) < 12 < 16 < memory(plain)
+    assert memory(program) < 12 < 16 <= memory(plain)
 
 
 def test_states_that_devices_do_not_divide_are_on_all(mesh, tmp_path):
