@@ -253,7 +253,9 @@ def test_a_median_never_holds_the_stack(mesh):
     assert_close(state, run(None, jaxfl.median())[0])
     gathered = [shapes for kind, *shapes in traffic(program) if kind == "all-gather"]
     assert gathered == [[(WIDE,)], [(3 * WIDE,)]]  # one model, not 16
-    assert memory(program) < 12 < 16 <= memory(plain)
+    assert memory(program) < 12  # of 16 that a stack would be
+    # Else all messages go to every device, if only some coordinates at a time.
+    assert {shape for _, *shapes in traffic(plain) for shape in shapes} == {(16, 1024)}
 
 
 def test_states_that_devices_do_not_divide_are_on_all(mesh, tmp_path):
