@@ -124,7 +124,7 @@ def full_gradient(
     gradient: Gradient,
     params: Params,
     data: ClientData,
-    batch_size: int | None = None,
+    **work: Unpack["Work"],
 ) -> tuple[jax.Array, Params]:
     """The mean loss of all of a client's examples, and its gradient.
 
@@ -133,7 +133,7 @@ def full_gradient(
       gradient: see `gradient`.
       params: where.
       data: ONE client's examples; without any both are 0.
-      batch_size: examples at a time, so many as fit in memory; all at once if None.
+      **work: as given to `train`, of which its `batch_size` are looked at at a time.
 
     Returns:
       `F_k(params)`, and its gradient, in the dtypes that `gradient` gives.
@@ -146,8 +146,7 @@ def full_gradient(
     >>> round(value.item(), 3), grads.item()
     (6.833, -3.0)
     """
-    longest = max(1, data.longest)
-    batch = min(batch_size or longest, longest)
+    longest, batch = _longest_and_batch(data, **work)
 
     def on_batch(i, carry):
         place = i * batch + jnp.arange(batch)
@@ -258,8 +257,7 @@ def train(
         raise TypeError(f"ctx must be the client's jaxfl.Context, got {ctx!r}.")
     if not isinstance(data, ClientData) or jnp.ndim(data.start) != 0:
         raise TypeError(f"data must be the ClientData of one client, got {data!r}.")
-    longest = max(1, data.longest)
-    batch = min(work.get("batch_size", 32) or longest, longest)
+    longest, batch = _longest_and_batch(data, **work)
     size = data.size if data.static_size is None else data.static_size
     per_pass = -(-size // batch)  # an int where clients are alike, else traced
 
@@ -340,12 +338,17 @@ def num_steps(data: ClientData, **work: Unpack[Work]) -> np.ndarray:
     [6, 3]
     """
     check_work(**work)
-    size, longest = np.asarray(data.size, np.int64), max(1, data.longest)
-    steps = work.get("steps")
+    size, steps = np.asarray(data.size, np.int64), work.get("steps")
     if steps is not None:
         return np.where(size > 0, steps, 0)
-    batch = min(work.get("batch_size", 32) or longest, longest)
+    _, batch = _longest_and_batch(data, **work)
     return (work.get("epochs") or 1) * -(-size // batch)
+
+
+def _longest_and_batch(data: ClientData, **work: Unpack[Work]) -> tuple[int, int]:
+    """How many examples the longest client has, and how many there are in a batch."""
+    longest = max(1, data.longest)
+    return longest, min(work.get("batch_size", 32) or longest, longest)
 
 
 def _at_once(grads: PyTree) -> PyTree:

@@ -88,9 +88,7 @@ def agnostic(
             data,
             **work,
         )
-        before, _ = local.full_gradient(
-            loss_key, gradient, params, data, work.get("batch_size", 32)
-        )
+        before, _ = local.full_gradient(loss_key, gradient, params, data, **work)
         weight = clients * mixture.at[ctx.client].get(mode="fill", fill_value=0.0)
         payload = {
             "model": tree.scale(weight, optax.tree.sub(params, trained.params)),

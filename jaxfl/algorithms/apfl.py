@@ -89,8 +89,7 @@ def apfl(
         train_key, alpha_key = jax.random.split(ctx.key)
         if not isinstance(alpha_rate, int | float) or alpha_rate > 0:
             _, slope = local.full_gradient(
-                *(alpha_key, gradient, own.model(w), data),
-                work.get("batch_size", 32),
+                alpha_key, gradient, own.model(w), data, **work
             )
             slope = optax.tree.vdot(optax.tree.sub(own.own, w), slope)
             moved = jnp.clip(own.alpha - alpha_rate * slope, 0.0, 1.0)

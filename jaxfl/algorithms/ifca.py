@@ -80,8 +80,7 @@ def ifca(
         train_key, choose_key = jax.random.split(ctx.key)
 
         def value(model):
-            size = work.get("batch_size", 32)
-            return local.full_gradient(choose_key, gradient, model, data, size)[0]
+            return local.full_gradient(choose_key, gradient, model, data, **work)[0]
 
         chosen = jnp.argmin(jax.lax.map(value, models)).astype(jnp.int32)
         model = jax.tree.map(lambda x: x[chosen], models)

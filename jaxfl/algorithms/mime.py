@@ -98,8 +98,7 @@ def mime(
             data,
             **work,
         )
-        size = work.get("batch_size", 32)
-        _, full = local.full_gradient(full_key, gradient, x, data, size)
+        _, full = local.full_gradient(full_key, gradient, x, data, **work)
         payload = {"model": optax.tree.sub(x, trained.params), "gradient": full}
         return payload, client_state, trained.metrics
 

@@ -78,9 +78,7 @@ def qfedavg(
         trained = local.train(
             ctx._replace(key=train_key), gradient, optimizer, broadcast, data, **work
         )
-        before, _ = local.full_gradient(
-            before_key, gradient, broadcast, data, work.get("batch_size", 32)
-        )
+        before, _ = local.full_gradient(before_key, gradient, broadcast, data, **work)
         scaled = tree.divide(optax.tree.sub(broadcast, trained.params), learning_rate)
         base = before + 1e-10
         curvature = q * base ** (q - 1) * tree.norm(scaled, squared=True)

@@ -93,8 +93,7 @@ def scaffold(
         )
         update = optax.tree.sub(x, trained.params)
         if exact:
-            size = work.get("batch_size", 32)
-            new = local.full_gradient(exact_key, gradient, x, data, size)[1]
+            new = local.full_gradient(exact_key, gradient, x, data, **work)[1]
         else:
             length = learning_rate * trained.metrics["steps"]
             slope = tree.divide(update, jnp.where(length > 0, length, 1.0))
