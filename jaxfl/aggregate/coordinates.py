@@ -154,9 +154,8 @@ def _network(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def middle(x: jax.Array, n: jax.Array) -> jax.Array:
     """The median of the first n rows of what is sorted; of none, 0."""
-    w = jnp.where(n % 2, 1.0, 0.5).astype(
-        x.dtype
-    )  # of 0.5 (a + b) a sum could overflow
+    # Halves are added, as a sum that is halved could overflow.
+    w = jnp.where(n % 2, 1.0, 0.5).astype(x.dtype)
     middle = w * x[(n - 1) // 2] + (1 - w) * x[n // 2]
     return jnp.where(n > 0, middle, jnp.zeros_like(middle))
 
