@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxfl import conv
 from jaxfl.conv import matmul_conv, max_pool
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -210,8 +211,39 @@ def test_nnx_conv_takes_it_by_one_argument():
         close(ours(x), theirs(x))
 
 
+@pytest.mark.parametrize(
+    ("shape", "kernel", "strides", "dilation"),
+    [
+        ((9,), (3,), (2,), (1,)),
+        ((8, 7), (5, 3), (1, 1), (1, 2)),
+        ((9, 8), (2, 3), (3, 2), (2, 1)),
+        ((5, 4, 6), (2, 2, 3), (1, 2, 1), (1, 1, 2)),
+    ],
+)
+def test_what_a_gpu_does_instead(shape, kernel, strides, dilation):
+    options = dict(kernel=kernel, strides=strides, dilation=dilation)
+    x = normal(0, 2, *shape, 3)
+    patches = conv._gather(x, **options)
+    np.testing.assert_array_equal(conv._gather_at_once(x, **options), patches)
+    ct, options["shape"] = normal(1, *patches.shape), shape
+    close(conv._scatter_at_once(ct, **options), conv._scatter(ct, **options), 1e-5)
+
+
+def test_a_gpu_is_given_it():
+    x, w = normal(0, 2, 8, 8, 4), normal(1, 3, 3, 4, 5)
+    step = jax.jit(
+        jax.grad(lambda x: matmul_conv(x, w, (1, 1), "SAME", None, None, NHWC).sum())
+    )
+    lowered = step.trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.scatter" not in lowered
+    assert "stablehlo.scatter" in step.lower(x).as_text()
+
+
+@pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("window", [(2, 2), (3, 1), (4, 6)])
-def test_max_pool_is_reduce_window(window):
+def test_max_pool_is_reduce_window(window, gpu, monkeypatch):
+    if gpu:
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     x = normal(0, 2, 12, 6, 3)
 
     def theirs(x):
