@@ -223,8 +223,9 @@ def federate(
     summed = aggregator.makes_sum
     if channel.of_sums and not summed:
         raise ValueError(
-            "channel: mean() divides a sum, and the aggregator is not linear, nor "
-            "does it make one; leave mean() out."
+            "channel: a layer of it makes sense of a sum only, as mean() and "
+            "secure_sum() do, and the aggregator is not linear, nor does it make a "
+            "sum; leave that layer out."
         )
     # One client moves a sum by its own message; what it moves a median by, nobody says.
     summed_bound = channel.bound(Bound()) if summed else Bound()

@@ -148,8 +148,7 @@ def nodes(h=1.0):
 
 
 # name: hyper-parameter -> (algorithm, channel, aggregator)
-PARTS = {
-    # algorithms
+ALGORITHMS = {
     "fedavg": lambda h: (fedavg(0.1 * h), mean(), jaxfl.total()),
     "fedavg, steps": lambda h: (
         fedavg(0.1 * h, epochs=None, steps=3),
@@ -240,6 +239,8 @@ PARTS = {
         chain(jaxfl.faults.corrupt(jaxfl.faults.garbage(h), 0.3), mean()),
         jaxfl.total(),
     ),
+}
+PARTS = ALGORITHMS | {
     # channels
     "identity": lambda h: (descent(0.1 * h), jaxfl.identity(), jaxfl.total()),
     "mean": lambda h: (descent(0.1 * h), mean(), jaxfl.total()),
