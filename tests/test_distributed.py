@@ -31,12 +31,7 @@ def start(port, process, folder):
             str(process),
             str(folder),
         ],
-        env=os.environ
-        | {
-            "PYTHONPATH": paths,
-            "JAX_COMPILATION_CACHE_DIR": str(HERE.parent / ".pytest_cache" / "jax"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        },
+        env=os.environ | {"PYTHONPATH": paths},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -32,20 +32,16 @@ def run(folder, name, *arguments):
     """`python -m experiments.NAME ...` in a folder of its own."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
+        "PYTHONIOENCODING": "utf-8",
         "MPLBACKEND": "agg",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
-    environment.pop("XLA_FLAGS", None)
     return subprocess.run(
         [sys.executable, "-m", f"experiments.{name}", *arguments],
         capture_output=True,
         check=False,
         cwd=folder,
         encoding="utf-8",
-        env=environment | {"PYTHONIOENCODING": "utf-8"},
+        env=environment,
         timeout=300,
     )
 
