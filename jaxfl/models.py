@@ -42,7 +42,7 @@ class Model(NamedTuple):
 
     init: Callable[[jax.Array], Params]
     apply: Callable[..., jax.Array]
-    loss: local.Loss
+    loss: Any  # a local.Loss, which most models can be called for
     metrics: Callable[[Params, Batch], dict[str, jax.Array]]
 
 

@@ -10,13 +10,14 @@ from flax import nnx
 
 import jaxfl
 from jaxfl import evaluate, local, models, privacy, tree
-from jaxfl.core import lone_context
+from jaxfl.core import Cohort, lone_context
 
 MOMENTUM, EPSILON = 0.8, 1e-5
 SIZES = 5, 3, 4
 IDS = np.repeat(range(3), SIZES)
 RNG = np.random.default_rng(0)
-X = np.float32(RNG.normal(size=(12, 3)) * (1 + IDS[:, None]) + 5.0 * IDS[:, None])
+X = RNG.normal(size=(12, 3)) * (1 + IDS[:, None]) + 5.0 * IDS[:, None]
+X = X.astype(np.float32)
 Y = RNG.integers(0, 2, 12)
 DATA = jaxfl.from_arrays(X, Y, IDS)
 
@@ -51,7 +52,7 @@ def of(params):
 def followed(client, batch_size=2, epochs=1, mean=0.0, var=1.0):
     """What the batches of one client, in their order, make of them, in float64."""
     mean, var = np.full(3, mean, np.float64), np.full(3, var, np.float64)
-    x = np.float64(X[client == IDS])
+    x = X[client == IDS].astype(np.float64)
     for _ in range(epochs):
         for i in range(0, len(x), batch_size):
             batch = x[i : i + batch_size]
@@ -84,7 +85,7 @@ def test_statistics_of_one_client(name, key):
     assert jax.eval_shape(lambda: trained) == jax.eval_shape(lambda: start)
     norm, out = sorted(trained.params.values(), key=lambda layer: "kernel" in layer)
     at = {k: np.float64(v) for k, v in of(trained).items()}
-    x = (np.float64(X) - at["mean"]) / np.sqrt(at["var"] + EPSILON)
+    x = (X.astype(np.float64) - at["mean"]) / np.sqrt(at["var"] + EPSILON)
     x = (x * norm["scale"] + norm["bias"]) @ out["kernel"] + out["bias"]
     np.testing.assert_allclose(model.apply(trained, X), x, rtol=1e-3, atol=1e-4)
     metrics = model.metrics(trained, {"x": X, "y": Y})
@@ -95,7 +96,7 @@ def test_statistics_of_one_client(name, key):
 def test_rows_that_fill_up_a_batch_are_no_examples(name, key):
     model = MODELS[name]()
     params = model.init(key)
-    gradient = local.gradient(model.loss, statistics=True)
+    gradient = jax.jit(local.gradient(model.loss, statistics=True))
     batch = {"x": X[:5], "y": Y[:5]}
     mask = jnp.array([True, False, True, True, False])
     real = {"x": X[[0, 2, 3]], "y": Y[[0, 2, 3]]}
@@ -113,9 +114,7 @@ def test_rows_that_fill_up_a_batch_are_no_examples(name, key):
 def run(algorithm, model, key, *, rounds=1, alive=(True, True, True)):
     federation = jaxfl.federate(algorithm, jaxfl.mean(), chunk_size=2)
     state = federation.init(model.init(key), DATA)
-    cohort = jaxfl.core.Cohort(
-        *(jnp.arange(3), DATA, jnp.float32(SIZES), jnp.array(alive))
-    )
+    cohort = Cohort(*(jnp.arange(3), DATA, jnp.float32(SIZES), jnp.array(alive)))
     for _ in range(rounds):
         state, _ = jax.jit(federation.round)(key, state, cohort)
     return state
@@ -171,10 +170,10 @@ def test_running_statistics_in_full_precision(key):
     """Where the model computes in bfloat16 its statistics do not."""
     model = models.from_linen(Linen(), X[:1], dtype=jnp.bfloat16)
     params = model.init(key)
-    gradient = local.gradient(model.loss, statistics=True)
+    gradient = jax.jit(local.gradient(model.loss, statistics=True))
     _, grads = gradient(params, {"x": X, "y": Y}, jnp.ones(12, bool), key)
     assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
-    x = np.float64(jnp.bfloat16(X))
+    x = np.asarray(X.astype(jnp.bfloat16), np.float64)
     want = (1 - MOMENTUM) * x.mean(0)
     np.testing.assert_allclose(of(grads)["mean"], -want, rtol=1e-3)
 
