@@ -103,6 +103,7 @@ def is_head(path: str) -> bool:
 
 def methods(config: Settings, loss) -> dict[str, Method]:
     work = local.Work(batch_size=config.batch_size)
+    longer = local.Work(batch_size=config.batch_size, epochs=5)
 
     def fedavg(rate, value):
         return jaxfl.fedavg(loss, optax.sgd(rate), **work)
@@ -110,7 +111,7 @@ def methods(config: Settings, loss) -> dict[str, Method]:
     def near(rate, lam):
         """What pFedMe's client makes of the federated model."""
         optimizer = optax.chain(local.proximal(lam), optax.sgd(rate))
-        return evaluate.fine_tuned(loss, optimizer, **work, epochs=5)
+        return evaluate.fine_tuned(loss, optimizer, **longer)
 
     def with_new_head(rate, value):
         """FedRep's own head is fitted to the last body before it is used."""
@@ -132,7 +133,7 @@ def methods(config: Settings, loss) -> dict[str, Method]:
         "fine-tuned": Method(
             fedavg,  # is that of "global", and not run again
             lambda rate, share: evaluate.fine_tuned(
-                loss, optax.sgd(share * rate), **work, epochs=5
+                loss, optax.sgd(share * rate), **longer
             ),
             *((0.1, 0.3, 1.0), "share of the learning rate"),
         ),
@@ -285,6 +286,7 @@ TITLES = {"writers": "by writer", "dominant": "one class dominates"}
 
 def draw(config, table):
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     figure, panels = plt.subplots(
         *(1, len(table)), figsize=(5 * len(table), 3.6), squeeze=False, sharey=True
@@ -311,7 +313,7 @@ def draw(config, table):
         "mean of the worst tenth": {"marker": "<", "ms": 6, "ls": ""},
     }
     handles = [
-        plt.Line2D([], [], color=common.BLACK, label=label, **style)
+        Line2D([], [], color=common.BLACK, label=label, **style)
         for label, style in marks.items()
     ]
     figure.legend(

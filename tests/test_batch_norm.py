@@ -49,7 +49,7 @@ def of(params):
     return next(iter(params.statistics.values()))
 
 
-def followed(client, batch_size=2, epochs=1, mean=0.0, var=1.0):
+def followed(client, batch_size=3, epochs=1, mean=0.0, var=1.0):
     """What the batches of one client, in their order, make of them, in float64."""
     mean, var = np.full(3, mean, np.float64), np.full(3, var, np.float64)
     x = X[client == IDS].astype(np.float64)
@@ -77,7 +77,7 @@ def test_statistics_of_one_client(name, key):
     trained = local.train(
         *(lone_context(key), local.gradient(model.loss, statistics=True), optimizer),
         *(start, DATA[0]),
-        batch_size=2,
+        batch_size=3,
         epochs=3,
         shuffle=False,
     ).params
@@ -120,7 +120,7 @@ def run(algorithm, model, key, *, rounds=1, alive=(True, True, True)):
     return state
 
 
-WORK = local.Work(batch_size=2, shuffle=False)
+WORK = local.Work(batch_size=3, shuffle=False)
 
 
 def test_fedavg_averages_statistics_whatever_the_server_optimises_by(key):
