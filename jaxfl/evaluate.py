@@ -136,7 +136,7 @@ def fine_tuned(
       `(params, own, data, key) -> params`, for one client.
     """
     local.check_work(**work)
-    gradient = local.gradient(loss)
+    gradient = local.gradient(loss, statistics=True)
 
     def model(params, own, data, key):
         ctx = lone_context(key)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxfl import tree
 from jaxfl.core import Context, Metrics, Params
 from jaxfl.data.federated import ClientData
 
@@ -21,15 +22,18 @@ class Differentiated(NamedTuple):
 
     Attributes:
       gradient: `(params, batch, mask [B], key) -> (mean loss, gradient)`.
+      statistics: whether the parameters are a `Normalised`, of whose statistics not
+        every algorithm can say what becomes of them.
     """
 
     gradient: Gradient
+    statistics: bool = False
 
 
 Loss = Callable[[Params, PyTree, jax.Array], jax.Array] | Differentiated
 
 
-def gradient(loss: Loss) -> Gradient:
+def gradient(loss: Loss, *, statistics: bool = False) -> Gradient:
     """The mean loss of a batch's real examples, and its gradient.
 
     `F(w) = sum_b m_b f(w; z_b) / sum_b m_b`, with `m_b` 0 for the rows that only fill
@@ -38,22 +42,154 @@ def gradient(loss: Loss) -> Gradient:
     Args:
       loss: `(params, batch, key) -> [B]`, one loss for each example; or a
         `Differentiated`, which has its own.
+      statistics: True where gradients go nowhere but into `train`, and models are
+        averaged as they are, so that those of a `Normalised` are in good hands.
 
     Returns:
       `(params, batch, mask [B], key) -> (mean loss, gradient)`.
 
     Raises:
-      TypeError: when the loss is called and does not return one number an example.
+      TypeError: if the loss has statistics that are not allowed; when it is called and
+        does not return one number an example.
     """
     if isinstance(loss, Differentiated):
+        if loss.statistics and not statistics:
+            raise TypeError(
+                "loss: its model has batch statistics, of which this algorithm does "
+                "not say what becomes of them. Use GroupNorm or LayerNorm, or fedavg, "
+                "fedprox, fedper, ditto, ifca, isolated or local_models."
+            )
         return loss.gradient
 
     def mean_loss(params, batch, mask, key):
-        losses = loss(params, batch, key)
-        require_one_each(losses, mask.size)
-        return jnp.sum(jnp.where(mask, losses, 0)) / jnp.maximum(jnp.sum(mask), 1)
+        return _mean_of_real(loss(params, batch, key), mask)
 
     return jax.value_and_grad(mean_loss)
+
+
+def _mean_of_real(losses: jax.Array, mask: jax.Array) -> jax.Array:
+    require_one_each(losses, mask.size)
+    return jnp.sum(jnp.where(mask, losses, 0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+class Normalised(NamedTuple):
+    """The parameters of a model with batch normalisation.
+
+    Attributes:
+      params: what is trained.
+      statistics: running means and variances, which no optimiser moves: `train` gives
+        them what the batches make of them, see `beside_statistics`.
+    """
+
+    params: Params
+    statistics: PyTree
+
+
+def normalised(
+    loss: Callable[
+        [Params, PyTree, PyTree, jax.Array, jax.Array], tuple[jax.Array, PyTree]
+    ],
+) -> Differentiated:
+    """The loss of a model whose running statistics s follow those of its batches.
+
+    The gradient of `F(w, s)` is that of w; in the place of one of s it has `s - s'`,
+    where s' is what the batch makes of s. A batch in which no example is real leaves
+    them as they are.
+
+    Args:
+      loss: `(params, statistics, batch, mask [B], key) -> (losses [B], statistics)`;
+        rows whose mask is False must not enter the statistics. At least one is True.
+
+    Returns:
+      What algorithms take for a loss; their parameters are a `Normalised`.
+
+    >>> def centred(w, running, batch, mask, key):
+    ...     mean = jnp.mean(batch, where=mask)
+    ...     return w * (batch - mean) ** 2, 0.9 * running + 0.1 * mean
+    >>> batch, mask = jnp.array([1.0, 3.0, 100.0]), jnp.array([True, True, False])
+    >>> start = Normalised(jnp.float32(1.0), jnp.float32(0.0))
+    >>> value, (slope, move) = normalised(centred).gradient(start, batch, mask, None)
+    >>> value.item(), slope.item(), round(move.item(), 3)
+    (1.0, 1.0, -0.2)
+    """
+
+    def gradient(model, batch, mask, key):
+        params, old = model
+        some = jnp.any(mask)
+
+        def mean_loss(params):
+            losses, new = loss(params, old, batch, mask | ~some, key)
+            return _mean_of_real(losses, mask), new
+
+        (value, new), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+        moves = jax.tree.map(
+            lambda s, t: jnp.where(some, s - t, 0).astype(s.dtype), old, new
+        )
+        return value, Normalised(grads, moves)
+
+    return Differentiated(gradient, statistics=True)
+
+
+def beside_statistics(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """The same optimiser, which leaves the statistics of a `Normalised` to themselves.
+
+    It sees no gradient of theirs, and whatever it would do to them, such as decay or
+    momentum, is not done: they move by what stands in the gradient's place, at the rate
+    1. At a client that is to what its batch made of them, at the server to the clients'
+    mean. `train` and the servers of `fedavg` do this to every optimiser; one for a
+    model without statistics is what it was.
+
+    >>> adam = beside_statistics(optax.adamw(0.1))
+    >>> model = Normalised(jnp.float32(1.0), jnp.float32(4.0))
+    >>> grads = Normalised(jnp.float32(7.0), jnp.float32(0.5))
+    >>> updates, _ = adam.update(grads, adam.init(model), model)
+    >>> updates.params.round(3).item(), updates.statistics.item()
+    (-0.1, -0.5)
+    """
+
+    def is_normalised(x):
+        return isinstance(x, Normalised)
+
+    def still(x):
+        if not is_normalised(x):
+            return x
+        return x._replace(statistics=optax.tree.zeros_like(x.statistics))
+
+    def follow(x, moved):
+        if not is_normalised(x):
+            return moved
+        return moved._replace(statistics=optax.tree.scale(-1, x.statistics))
+
+    def update(updates, state, params=None):
+        seen = jax.tree.map(still, updates, is_leaf=is_normalised)
+        moved, state = optimizer.update(seen, state, params)
+        return jax.tree.map(follow, updates, moved, is_leaf=is_normalised), state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def only(
+    optimizer: optax.GradientTransformation, chosen: Callable[[str], bool]
+) -> optax.GradientTransformation:
+    """The same optimiser, for a part of the model; the rest does not move.
+
+    Args:
+      optimizer: any optax optimiser, which sees that part alone.
+      chosen: `path -> bool`, of a parameter such as "Dense_2/kernel".
+
+    >>> body = only(optax.sgd(1.0), lambda path: path != "head")
+    >>> grads = {"body": jnp.float32(2.0), "head": jnp.float32(3.0)}
+    >>> updates, _ = body.update(grads, body.init(grads))
+    >>> updates["body"].item(), updates["head"].item()
+    (-2.0, 0.0)
+    """
+
+    def label(params):
+        return tree.with_named(params, {p: chosen(p) for p in tree.named(params)})
+
+    return optax.partition({True: optimizer, False: optax.set_to_zero()}, label)
 
 
 def require_one_each(losses: jax.Array, size: int) -> None:
@@ -230,7 +366,8 @@ def train(
     Args:
       ctx: of this client in this round; `core.lone_context` outside any round.
       gradient: `(params, batch, mask, key) -> (loss, gradient)`, see `gradient`.
-      optimizer: any optax optimiser.
+      optimizer: any optax optimiser; the statistics of a `Normalised` are not its
+        business, see `beside_statistics`.
       params: where to start.
       data: ONE client's examples.
       **work: how much and how, see `Work`.
@@ -253,6 +390,7 @@ def train(
     (2.625, 2)
     """
     check_work(**work)
+    optimizer = beside_statistics(optimizer)
     if not isinstance(ctx, Context):
         raise TypeError(f"ctx must be the client's jaxfl.Context, got {ctx!r}.")
     if not isinstance(data, ClientData) or jnp.ndim(data.start) != 0:

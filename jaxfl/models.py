@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from jaxfl import local
 from jaxfl.conv import matmul_conv, max_pool
 from jaxfl.dense import fused_dot
 
@@ -27,19 +28,21 @@ class Model(NamedTuple):
     """A model as four pure functions of its parameters.
 
     Attributes:
-      init: `key -> params`, a pytree of arrays.
+      init: `key -> params`, a pytree of arrays; a `local.Normalised` of a module with
+        batch normalisation.
       apply: `(params, x, key=None) -> outputs [B, ...]`; with a key the model is in
         training (dropout is drawn from the key), without one in evaluation.
       loss: `(params, batch, key) -> float32 [B]`, the training loss of each example.
         Not their mean: the last batch of a client is padded, and the mean is taken over
-        the examples that are real.
+        the examples that are real. With batch normalisation, where an example has no
+        loss by itself, a `local.Differentiated`.
       metrics: `(params, batch) -> {"loss": [B], "accuracy": [B]}` in evaluation, for
         each example.
     """
 
     init: Callable[[jax.Array], Params]
     apply: Callable[..., jax.Array]
-    loss: Callable[[Params, Batch, jax.Array], jax.Array]
+    loss: Any  # a local.Loss, which most models can be called for
     metrics: Callable[[Params, Batch], dict[str, jax.Array]]
 
 
@@ -401,8 +404,14 @@ def from_linen(
     set by the adapter. Every stream of random numbers (`dropout`, ...) comes from the
     key of the call.
 
+    A module with batch normalisation also takes a keyword `mask`, bool `[B]`, of the
+    rows that are examples, so that those that fill up a batch stay out of its
+    statistics: `nn.BatchNorm(not train)(x, mask=mask[:, None])` for `x [B, C]`. Its
+    running averages are used in evaluation, and move in training; what the server
+    makes of them is said at `fedavg` (the clients' mean) and `fedper` (FedBN).
+
     Args:
-      module: `x -> outputs`, with parameters and no other variables.
+      module: `x -> outputs`, with parameters, batch statistics and no other variables.
       example_x: an input, `[B, ...]`, of which only shape and dtype matter.
       loss: as in `from_function`.
       metrics: as in `from_function`.
@@ -410,11 +419,12 @@ def from_linen(
       dtype: as in `from_function`.
 
     Returns:
-      The model, whose params are the module's `"params"` collection.
+      The model, whose params are the module's `"params"` collection; with batch
+      normalisation, a `local.Normalised` of that and `"batch_stats"`.
 
     Raises:
       TypeError: `module` is not an instance of a linen module.
-      ValueError: the module has other variables, such as batch statistics.
+      ValueError: the module has other variables, or batch statistics and no `mask`.
 
     Example:
       >>> model = from_linen(two_nn(), jnp.zeros((1, 28, 28, 1), jnp.uint8))
@@ -426,24 +436,43 @@ def from_linen(
         raise TypeError(
             f"module must be an instance of flax.linen.Module, got {module!r}."
         )
-    mode = _mode_argument(type(module))
+    mode, mask = _mode_argument(type(module)), _mask_argument(type(module))
+    needs_mask = mask is not None and mask.default is mask.empty
 
     def variables(key):
         x = preprocess(jnp.zeros(example_x.shape, example_x.dtype))
-        return module.init(key, x, **mode(False))
+        # Where it may be left out it may mean something else, such as attention's.
+        mask = jnp.ones(len(x), bool) if needs_mask else None
+        return module.init(key, x, **mode(False, mask))
 
-    _refuse_state(set(jax.eval_shape(variables, jax.random.key(0))) - {"params"})
+    names = set(jax.eval_shape(variables, jax.random.key(0)))
+    _refuse_state(names - {"params", "batch_stats"})
 
     def init(key):
-        return variables(key)["params"]
+        made = variables(key)
+        return made["params"], made.get("batch_stats", {})
 
-    def apply(params, x, key) -> Any:
+    def apply(params, statistics, x, key, mask) -> Any:
         # linen falls back on the key of "params" for every stream it is not given.
         rngs = None if key is None else {"params": key}
-        return module.apply({"params": params}, x, rngs=rngs, **mode(key is not None))
+        outputs, changed = module.apply(
+            {"params": params, "batch_stats": statistics},
+            x,
+            rngs=rngs,
+            mutable=[] if key is None else ["batch_stats"],
+            **mode(key is not None, mask),
+        )
+        return outputs, changed.get("batch_stats", statistics)
 
-    return from_function(
-        init, apply, loss=loss, metrics=metrics, preprocess=preprocess, dtype=dtype
+    own = "batch_stats" in names
+    if own:
+        _require_mask(type(module))
+    return _adapted(
+        *(init, apply, own),
+        loss=loss,
+        metrics=metrics,
+        preprocess=preprocess,
+        dtype=dtype,
     )
 
 
@@ -459,7 +488,8 @@ def from_nnx(
 
     Training and evaluation are `module.train()` and `module.eval()`; a keyword `train`,
     `training` or `deterministic` of `__call__` is set too. Every stream of random
-    numbers comes from the key of the call.
+    numbers comes from the key of the call. A module with batch normalisation takes a
+    keyword `mask`, see `from_linen`: `self.norm(x, mask=mask[:, None])`.
 
     Args:
       make_module: `rngs=nnx.Rngs -> module`, called by keyword: a module's class, or
@@ -470,11 +500,12 @@ def from_nnx(
       dtype: as in `from_function`.
 
     Returns:
-      The model, whose params are nested dicts of arrays: the module's `nnx.Param`.
+      The model, whose params are nested dicts of arrays: the module's `nnx.Param`; with
+      batch normalisation, a `local.Normalised` of that and its `nnx.BatchStat`.
 
     Raises:
       TypeError: `make_module` is a module, or makes none.
-      ValueError: the module has other variables, such as batch statistics.
+      ValueError: the module has other variables, or batch statistics and no `mask`.
 
     Example:
       >>> import functools
@@ -495,25 +526,29 @@ def from_nnx(
         module = make_module(rngs=nnx.Rngs(key))
         if not isinstance(module, nnx.Module):
             raise TypeError(f"make_module must make a flax.nnx.Module, got {module!r}.")
-        mode = _mode_argument(type(module))
-        return mode, nnx.split(module, nnx.Param, nnx.RngState, ...)
+        parts = nnx.split(module, nnx.Param, nnx.BatchStat, nnx.RngState, ...)
+        return type(module), parts
 
     # Only shapes: nothing is computed, nothing of the trace is kept but the structure.
     static = []
 
     def structure(key):
-        mode, (graph, _, rng, rest) = split(key)
-        static[:] = mode, graph
-        return nnx.to_pure_dict(rng), nnx.to_pure_dict(rest)
+        kind, (graph, _, statistics, rng, rest) = split(key)
+        static[:] = kind, graph
+        return [nnx.to_pure_dict(part) for part in (statistics, rng, rest)]
 
-    rng, rest = jax.eval_shape(structure, jax.random.key(0))
-    mode, graph = static
+    statistics, rng, rest = jax.eval_shape(structure, jax.random.key(0))
+    kind, graph = static
+    mode, own = _mode_argument(kind), bool(jax.tree.leaves(statistics))
     _refuse_state(jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(rest))
+    if own:
+        _require_mask(kind)
 
     def init(key):
-        return nnx.to_pure_dict(split(key)[1][1])
+        _, params, statistics, *_ = split(key)[1]
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
 
-    def apply(params, x, key):
+    def apply(params, statistics, x, key, mask):
         keys = jax.random.key(0) if key is None else key
         leaves, treedef = jax.tree.flatten(rng)
         fresh = [
@@ -522,21 +557,64 @@ def from_nnx(
             else jnp.zeros(leaf.shape, leaf.dtype)
             for i, leaf in enumerate(leaves)
         ]
-        module = nnx.merge(graph, params, jax.tree.unflatten(treedef, fresh))
+        module = nnx.merge(
+            graph, params, statistics, jax.tree.unflatten(treedef, fresh)
+        )
         module.eval() if key is None else module.train()
-        return module(x, **mode(key is not None))
+        outputs = module(x, **mode(key is not None, mask))
+        return outputs, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
-    return from_function(
-        init, apply, loss=loss, metrics=metrics, preprocess=preprocess, dtype=dtype
+    return _adapted(
+        *(init, apply, own),
+        loss=loss,
+        metrics=metrics,
+        preprocess=preprocess,
+        dtype=dtype,
     )
 
 
-def _mode_argument(module: type) -> Callable[[bool], dict[str, Any]]:
-    """How to tell a module's `__call__` that it is in training."""
+def _adapted(init, apply, own: bool, *, loss, metrics, preprocess, dtype) -> Model:
+    """A `Model` of `key -> (params, statistics)` and `(params, statistics, x, key,
+    mask) -> (outputs, statistics)`; `own` is whether there are statistics."""
+    options = {"metrics": metrics, "preprocess": preprocess, "dtype": dtype}
+    if not own:
+        return from_function(
+            lambda key: init(key)[0],
+            lambda params, x, key: apply(params, {}, x, key, None)[0],
+            loss=loss,
+            **options,
+        )
+
+    def everywhere(x):
+        return jnp.ones(len(x), bool)
+
+    model = from_function(
+        lambda key: local.Normalised(*init(key)),
+        lambda both, x, key: apply(*both, x, key, everywhere(x))[0],
+        loss=loss,
+        **options,
+    )
+
+    def losses(params, statistics, batch, mask, key):
+        x = preprocess(batch["x"])
+        if dtype is not None:  # means and variances stay in full precision
+            params, x = _floats_to(dtype, (params, x))
+        outputs, statistics = apply(params, statistics, x, key, mask)
+        if dtype is not None:
+            outputs = outputs.astype(jnp.float32)
+        return loss(outputs, batch["y"]).astype(jnp.float32), statistics
+
+    return model._replace(loss=local.normalised(losses))
+
+
+def _mode_argument(module: type) -> Callable[..., dict[str, Any]]:
+    """How to tell a module's `__call__` that it is in training, and what is real."""
     names = inspect.signature(module.__call__).parameters  # pyright: ignore
 
-    def mode(train):
+    def mode(train, mask=None):
         flags = {"train": train, "training": train, "deterministic": not train}
+        if mask is not None:
+            flags["mask"] = mask
         return {name: flag for name, flag in flags.items() if name in names}
 
     return mode
@@ -545,6 +623,20 @@ def _mode_argument(module: type) -> Callable[[bool], dict[str, Any]]:
 def _refuse_state(names) -> None:
     if names := sorted(names):
         raise ValueError(
-            f"module must have no variables but parameters, got {', '.join(names)}: "
-            "jaxfl does not average batch statistics. Use GroupNorm or LayerNorm."
+            "module must have no variables but parameters and batch statistics, got "
+            f"{', '.join(names)}."
+        )
+
+
+def _mask_argument(module: type) -> inspect.Parameter | None:
+    names = inspect.signature(module.__call__).parameters  # pyright: ignore
+    return names.get("mask")
+
+
+def _require_mask(module: type) -> None:
+    if _mask_argument(module) is None:
+        raise ValueError(
+            f"module has batch statistics, so {module.__name__}.__call__ must take a "
+            "keyword mask, bool [B], for its BatchNorm, or what fills up a client's "
+            "last batch would enter them; see from_linen. Or use GroupNorm."
         )

@@ -231,6 +231,32 @@ def test_adaptive_servers(name):
     np.testing.assert_allclose(np.asarray(got), x, rtol=1e-5)
 
 
+def test_recipes_over_fedavg():
+    """FedAvgM, Reptile, and a server that averages its models."""
+    beta, epsilon, decay = 0.7, 0.3, 0.6
+
+    def update(w):
+        after = [descend(lambda x, i=i: slope(i, x), w, 3) for i in range(N)]
+        return w - np.mean(after, axis=0)
+
+    m, v, reptile, x = START, np.zeros(D), START, START
+    ema = START
+    for _ in range(4):
+        v = beta * v + update(m)
+        m = m - v
+        reptile = reptile - epsilon * update(reptile)
+        x = x - update(x)
+        ema = decay * ema + (1 - decay) * x
+    work = (loss, optax.sgd(RATE))
+    close(run(jaxfl.fedavg(*work, optax.sgd(1.0, momentum=beta), steps=3), 4), m)
+    close(run(jaxfl.fedavg(*work, optax.sgd(epsilon), steps=3), 4), reptile)
+    server = optax.chain(optax.sgd(1.0), fedopt.ema_of_params(decay))
+    state = run(jaxfl.fedavg(*work, server, steps=3), 4)
+    close(state, x)
+    mean = optax.tree.get(state.server.algorithm.optimizer, "ema")
+    np.testing.assert_allclose(mean, ema, rtol=2e-5, atol=2e-5)
+
+
 # ------------------------------------------------------------ where they end
 
 
@@ -322,6 +348,7 @@ def test_at_their_neutral_setting_they_are_fedavg():
         (lambda: jaxfl.agnostic(loss, optax.sgd(0.1), 1.0, 0), "clients must be"),
         (lambda: fedopt.fedadam(0.1, tau=0.0), "tau must be positive"),
         (lambda: fedopt.fedyogi(0.1, beta_2=1.0), r"beta_2 must be in \[0, 1\)"),
+        (lambda: fedopt.ema_of_params(1.0), r"decay must be in \[0, 1\)"),
         (lambda: jaxfl.scaffold(loss, 0.1, epochs=1, steps=1), "epochs or steps"),
     ],
 )

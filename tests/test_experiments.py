@@ -21,6 +21,7 @@ from experiments import (
     mcmahan2017,
     mnist_skews,
     node_curves,
+    personalisation,
     speed,
 )
 from jaxfl.data import from_arrays
@@ -79,6 +80,7 @@ def test_every_experiment_is_tested_here():
         *("inverting_gradients", "membership"),
         "hitaj2017",
         "stragglers",
+        "personalisation",
     }
 
 
@@ -409,6 +411,54 @@ def test_scaffold2020(tmp_path):
         assert least == (min(there) if there else None)
     assert rounds["SCAFFOLD, 5 epochs, 1"] <= rounds["SGD, 1 epochs, 1"]
     assert "% alike" in printed
+
+
+def test_personalisation(tmp_path):
+    summary, rows, printed = results(tmp_path, "personalisation")
+    table, clients = summary["dominant"], summary["settings"]["clients"]
+    assert list(table) == ["global", "local", "fine-tuned"]
+    assert len(rows) == len(table) * clients
+    for name, row in table.items():
+        each = [float(r["accuracy"]) for r in rows if r["method"] == name]
+        assert row["mean"] == pytest.approx(np.mean(each))
+        assert row["p10"] == pytest.approx(np.quantile(each, 0.1))
+        assert row["worst decile"] == pytest.approx(np.sort(each)[:2].mean())
+    # Where one class dominates, one model for all is the worst for nearly everyone.
+    assert table["global"]["mean"] < min(
+        table[name]["mean"] for name in ("local", "fine-tuned")
+    )
+    assert "worst decile" in printed
+
+
+def test_what_personalisation_trains_on_is_not_held_out():
+    config = personalisation.PRESETS["ci"]
+    parts = personalisation.populations(config, "dominant", seed=0)
+    sizes = np.stack([part.size for part in parts])
+    assert sizes.sum() == 5000 and (abs(sizes[0] - 0.6 * sizes.sum(0)) <= 1).all()
+    others = np.asarray(parts[1].examples["heldout"])
+    assert set(np.unique(others)) == {0, 1} and abs(others.mean() - 0.5) < 0.01
+    pixels = [
+        {x.tobytes() for x in np.asarray(part.examples["x"])[: size.sum()]}
+        for part, size in zip(parts, sizes, strict=True)
+    ]
+    assert len(pixels[0] & pixels[1]) <= 1  # nothing is in both
+
+
+def test_other_methods_of_personalisation():
+    """That they run too, as far as can be seen without compiling them."""
+    config = personalisation.PRESETS["ci"]
+    data = personalisation.populations(config, "dominant", seed=0)
+    model = jaxfl.models.from_linen(
+        jaxfl.models.mlp((config.hidden,)), np.zeros((1, 28, 28, 1), np.uint8)
+    )
+    every = personalisation.methods(config, model.loss)
+    others = [m for name, m in every.items() if name not in config.methods]
+    assert len(others) == 4
+    for method in others:
+        train, look = personalisation.programs(config, method, model)
+        arguments = jnp.float32(0.1), jnp.float32(0.5), 0, data
+        state = jax.eval_shape(train, *arguments)
+        assert jax.eval_shape(look, *arguments, state).shape == (2, config.clients)
 
 
 def test_secure_cost(tmp_path):

@@ -244,11 +244,19 @@ class NnxNorm(nnx.Module):
         return self.norm(x)
 
 
-def test_refuses_batch_statistics():
-    with pytest.raises(ValueError, match="batch_stats"):
+class LinenCounter(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + self.variable("count", "calls", lambda: jnp.zeros(())).value
+
+
+def test_refuses_variables_of_other_kinds_and_padding_in_statistics():
+    with pytest.raises(ValueError, match="keyword mask"):
         models.from_linen(LinenNorm(), jnp.zeros((1, 3)))
-    with pytest.raises(ValueError, match="norm.*mean"):
+    with pytest.raises(ValueError, match="keyword mask"):
         models.from_nnx(NnxNorm)
+    with pytest.raises(ValueError, match="no variables but .* got count"):
+        models.from_linen(LinenCounter(), jnp.zeros((1, 3)))
 
 
 def test_refuses_what_is_no_model():

@@ -21,7 +21,7 @@ from test_algorithms import (
 )
 
 import jaxfl
-from jaxfl import evaluate, tree
+from jaxfl import evaluate, local, tree
 from jaxfl.algorithms.perfedavg import one_step_away
 
 HALF = np.arange(D) < D // 2
@@ -162,6 +162,30 @@ def test_fedper(head_steps):
     one = jax.tree.map(lambda x: x[2], state.clients.algorithm)
     model = tree.with_named(state.params, one)
     assert set(model) == {"body", "head"}
+
+
+def test_fedbabu():
+    """The head moves nowhere before the end, and then all of it or the head alone."""
+    moves, body = np.where(HALF, 1, 0), START
+    for _ in range(3):
+        body = np.mean(
+            [descend(lambda x, i=i: moves * slope(i, x), body, 4) for i in range(N)],
+            axis=0,
+        )
+    optimizer = optax.sgd(RATE)
+    algorithm = jaxfl.fedavg(
+        split_loss, local.only(optimizer, lambda path: path == "body"), steps=4
+    )
+    state, _ = run_split(algorithm)
+    got = np.concatenate([state.params["body"], state.params["head"]])
+    np.testing.assert_allclose(got, body, rtol=1e-4, atol=1e-5)
+    head = local.only(optimizer, lambda path: path == "head")
+    for tuned, part in ((head, 1 - moves), (optimizer, 1)):
+        model = evaluate.fine_tuned(split_loss, tuned, steps=2)
+        its = model(state.params, (), EQUAL[1], jax.random.key(0))
+        got = np.concatenate([its["body"], its["head"]])
+        want = descend(lambda x, m=part: m * slope(1, x), body, 2)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("chosen, what", [(True, "all"), (False, "none")])

@@ -58,7 +58,7 @@ def ditto(
     Reference: Li, Hu, Beirami and Smith 2021, arXiv:2012.04221, algorithm 1.
     """
     plain = fedavg(loss, client_optimizer, server_optimizer, **work)
-    gradient = local.gradient(loss)
+    gradient = local.gradient(loss, statistics=True)
     if isinstance(lam, int | float) and not lam >= 0:
         raise ValueError(f"lam must be at least 0, got {lam}.")
 

@@ -36,6 +36,20 @@ def fedavg(
     FedSGD is `fedavg(loss, optax.sgd(1.0), optax.sgd(eta), batch_size=None, epochs=1)`:
     one step on all of a client's data makes the payload its gradient.
 
+    Others are too, but for their names:
+
+    - FedAvgM (Hsu et al. 2019, arXiv:1909.06335, section 4):
+      `fedavg(loss, optax.sgd(eta), optax.sgd(1.0, momentum=beta))`;
+    - Reptile (Nichol et al. 2018, arXiv:1803.02999, algorithm 2), with tasks for
+      clients: `fedavg(loss, optax.sgd(alpha), optax.sgd(epsilon), steps=k)`;
+    - FedBABU (Oh et al. 2022, arXiv:2106.06042), whose head nobody trains before
+      the end: `fedavg(loss, local.only(optax.sgd(eta), is_body))`, and
+      `evaluate.fine_tuned(loss, optax.sgd(eta))` to see how good it is then;
+    - a server that evaluates the mean of its models, see `fedopt.ema_of_params`.
+
+    The running statistics of a model with batch normalisation (`local.Normalised`) are
+    averaged as its parameters are; the server's optimiser is for the latter only.
+
     Args:
       loss: `(params, batch, key) -> [B]`, one loss for each example.
       client_optimizer: begun afresh by every client in every round.
@@ -70,7 +84,8 @@ def fedavg(
     local.check_work(**work)
     if server_optimizer is None:
         server_optimizer = optax.sgd(1.0)
-    gradient = local.gradient(loss)
+    server_optimizer = local.beside_statistics(server_optimizer)
+    gradient = local.gradient(loss, statistics=True)
 
     def init(params):
         return FedAvgState(params, server_optimizer.init(params)), ()

@@ -1,4 +1,4 @@
-"""FedAdagrad, FedYogi and FedAdam: server optimisers that adapt, as in their paper."""
+"""Server optimisers: FedAdagrad, FedYogi and FedAdam as in their paper, and an EMA."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -76,6 +76,60 @@ def fedadam(
     return _adaptive(learning_rate, tau, beta_1, second)
 
 
+class EmaOfParamsState(NamedTuple):
+    """The average of the models so far."""
+
+    ema: optax.Params
+
+
+def ema_of_params(decay: float | jax.Array) -> optax.GradientTransformation:
+    """Averages the models that an optimiser goes through, and changes nothing.
+
+    As the last of a chain it sees `x_{t+1} = x_t + updates` and keeps, from
+    `ema_0 = x_0`,
+
+        ema_{t+1} = decay ema_t + (1 - decay) x_{t+1}
+
+    Training goes on from x; `optax.tree.get(state.server.algorithm.optimizer, "ema")`
+    is the average, to be evaluated. (`optax.ema` averages the updates instead: that is
+    momentum.)
+
+    Args:
+      decay: from 0 to less than 1; may be traced.
+
+    Returns:
+      A part of an optimiser: `fedavg(loss, optax.sgd(0.1),
+      optax.chain(optax.sgd(1.0), ema_of_params(0.9)))`.
+
+    Raises:
+      ValueError: if decay is not in [0, 1).
+
+    >>> server = optax.chain(optax.sgd(1.0), ema_of_params(0.5))
+    >>> x = jnp.array(4.0)
+    >>> updates, state = server.update(jnp.array(4.0), server.init(x), x)
+    >>> optax.apply_updates(x, updates).item(), optax.tree.get(state, "ema").item()
+    (0.0, 2.0)
+
+    Reference: Polyak and Juditsky 1992, SIAM Journal on Control and Optimization 30(4),
+    with weights that decay.
+    """
+    _require_share("decay", decay)
+
+    def init(params):
+        return EmaOfParamsState(params)
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("params: ema_of_params must be given the model.")
+        new = optax.apply_updates(params, updates)
+        ema = jax.tree.map(
+            lambda m, x: (decay * m + (1 - decay) * x).astype(m.dtype), state.ema, new
+        )
+        return updates, EmaOfParamsState(ema)
+
+    return optax.GradientTransformation(init, update)
+
+
 def _adaptive(
     learning_rate: float, tau: float, beta_1: float, second: Callable
 ) -> optax.GradientTransformation:
@@ -104,6 +158,6 @@ def _adaptive(
     return optax.GradientTransformation(init, update)
 
 
-def _require_share(name: str, beta: float) -> None:
+def _require_share(name: str, beta: float | jax.Array) -> None:
     if isinstance(beta, int | float) and not 0 <= beta < 1:
         raise ValueError(f"{name} must be in [0, 1), got {beta}.")

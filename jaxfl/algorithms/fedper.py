@@ -29,10 +29,11 @@ def fedper(
     - FedPer: the last layers, trained together with the rest;
     - FedRep: the same, trained by themselves for `head_steps` before each round's other
       steps, in which they do not move;
-    - FedBN: the normalisation layers, `lambda path: "BatchNorm" in path`.
+    - FedBN: the normalisation layers, `lambda path: "BatchNorm" in path`, with their
+      scales, biases and running statistics. To keep at home the statistics alone,
+      `lambda path: path.startswith("statistics")`.
 
-    FedBABU, which moves the head of nobody until the end, is `fedavg` with an optimiser
-    that does not, such as `optax.partition`.
+    FedBABU, which moves the head of nobody until the end, is a `fedavg`.
 
     Client sends: the shared part of its update only, as a dictionary by path. No more
     comes down.
@@ -52,7 +53,8 @@ def fedper(
 
     Raises:
       ValueError: when initialised, if all parameters are private or none; if head_steps
-        is negative; as `fedavg`.
+        is negative; if running statistics are shared and server_optimizer is given; as
+        `fedavg`.
 
     >>> from jaxfl import federate, from_arrays, mean, simulate
     >>> def loss(w, batch, key):
@@ -74,29 +76,28 @@ def fedper(
     local.check_work(**work)
     if head_steps < 0:
         raise ValueError(f"head_steps must be at least 0, got {head_steps}.")
+    averages = server_optimizer is None
     if server_optimizer is None:
         server_optimizer = optax.sgd(1.0)
-    gradient = local.gradient(loss)
+    gradient = local.gradient(loss, statistics=True)
 
     def part(params: Params, own: bool) -> dict:
         return {p: x for p, x in tree.named(params).items() if private(p) == own}
 
     def only(own: bool) -> optax.GradientTransformation:
-        """Moves one part and leaves the other."""
-
-        def label(params):
-            paths = {path: private(path) == own for path in tree.named(params)}
-            return tree.with_named(params, paths)
-
-        return optax.partition(
-            {True: client_optimizer, False: optax.set_to_zero()}, label
-        )
+        return local.only(client_optimizer, lambda path: private(path) == own)
 
     def init(params):
         shared, own = part(params, False), part(params, True)
         if not shared or not own:
             chosen = "none" if shared else "all"
             raise ValueError(f"private chooses {chosen} of {[*tree.named(params)]}.")
+        running = [p for p in shared if p.startswith("statistics/")]
+        if running and isinstance(params, local.Normalised) and not averages:
+            raise ValueError(
+                f"server_optimizer: {running} are running statistics, which can be "
+                "averaged only; let private choose them, or leave the optimiser out."
+            )
         return FedAvgState(params, server_optimizer.init(shared)), own
 
     def client(ctx, params, own, data):

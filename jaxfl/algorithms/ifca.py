@@ -65,7 +65,7 @@ def ifca(
     local.check_work(**work)
     if clusters < 1:
         raise ValueError(f"clusters must be at least 1, got {clusters}.")
-    gradient = local.gradient(loss)
+    gradient = local.gradient(loss, statistics=True)
 
     def init(params):
         shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]

@@ -49,7 +49,7 @@ def isolated(
     ([1.0, 3.0], [0.0])
     """
     local.check_work(**work)
-    gradient = local.gradient(loss)
+    gradient = local.gradient(loss, statistics=True)
 
     def init(params):
         return IsolatedState(params), params

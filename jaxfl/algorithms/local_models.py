@@ -68,7 +68,7 @@ def local_models(
     McMahan et al. 2017, arXiv:1602.05629, with every client in every round.
     """
     local.check_work(**work)
-    gradient = local.gradient(loss)
+    gradient = local.gradient(loss, statistics=True)
 
     def init(params):
         return LocalModelsState(params), params

@@ -50,7 +50,8 @@ def dp_sgd(
       What algorithms take for a loss.
 
     Raises:
-      TypeError: when a gradient is computed and loss does not return one number an
+      TypeError: if loss has a gradient of its own, as that of a model with batch
+        statistics; when a gradient is computed and loss does not return one number an
         example.
       ValueError: if clip_norm or denominator is not positive, noise_multiplier is
         negative, microbatch_size is not a positive whole number; if clip_norm is
@@ -69,6 +70,8 @@ def dp_sgd(
 
     Reference: Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
     """
+    if isinstance(loss, local.Differentiated):
+        raise TypeError("loss: one with a gradient of its own has none an example.")
     for name, value in (("clip_norm", clip_norm), ("denominator", denominator)):
         if isinstance(value, int | float) and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}.")
