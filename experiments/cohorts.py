@@ -59,7 +59,7 @@ PRESETS = {
 
 def peaks() -> dict[str, float]:
     """FLOP/s of large matrix products, and bytes/s of a large copy, the best of ten."""
-    n = 2048 if jax.default_backend() == "cpu" else 8192
+    n = 1024 if jax.default_backend() == "cpu" else 8192
     key = jax.random.key(0)
 
     def product(dtype, precision=None):
@@ -68,7 +68,7 @@ def peaks() -> dict[str, float]:
         multiply(a).block_until_ready()
         return 2 * n**3 / min(speed.timed(lambda: multiply(a)) for _ in range(10))
 
-    x = jax.random.normal(key, (64 * n * 512,))  # 2 GiB, or 0.25 on a CPU
+    x = jax.random.normal(key, (8 * n * n,))  # 2 GiB, or 32 MiB on a CPU
     negate = jax.jit(jnp.negative)
     negate(x).block_until_ready()
     copy = 2 * x.nbytes / min(speed.timed(lambda: negate(x)) for _ in range(10))
@@ -155,34 +155,42 @@ def settings_of(config, model, cohort):
             yield "all at once, native, bfloat16", 0, "native", "bfloat16"
 
 
+STYLES = {  # name: (colour, marker and line)
+    "(a) loop over clients, steps": (common.BLACK, "x"),
+    "(b) loop over clients": (common.BLACK, "+"),
+    "one by one": (common.BLUE, "o-"),
+    "10 at once": (common.SKY, "s"),
+    "100 at once": (common.SKY, "D"),
+    "all at once": (common.ORANGE, "o-"),
+    "all at once, bfloat16": (common.GREEN, "o-"),
+    "all at once, native convolution": (common.ORANGE, "o:"),
+    "all at once, native, bfloat16": (common.GREEN, "o:"),
+}
+
+
 def draw(results):
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(
-        *(1, len(results)), figsize=(1 + 4.2 * len(results), 4), layout="constrained"
+        *(1, len(results)), figsize=(3.2 + 3.4 * len(results), 4), layout="constrained"
     )
-    colours = (common.BLUE, common.ORANGE, common.GREEN, common.PINK, common.BLACK)
-    colours += (common.SKY, common.RED, common.YELLOW)
-    names = list(dict.fromkeys(r["row"] for rows in results.values() for r in rows))
+    lines = {}
     for axes, (model, rows) in zip(np.ravel(panels), results.items(), strict=True):
-        for name in names:
-            points = [(r["cohort"], r["seconds"]) for r in rows if r["row"] == name]
+        for name, (colour, style) in STYLES.items():
+            points = [
+                (r["cohort"], r["microseconds_a_step"])
+                for r in rows
+                if r["row"] == name
+            ]
             if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    *("o-",),
-                    color=colours[names.index(name) % len(colours)],
-                    label=name,
+                (lines[name],) = axes.plot(
+                    *zip(*points, strict=True), style, color=colour
                 )
         axes.set(
             title=model.upper(), xlabel="clients in a round", xscale="log", yscale="log"
         )
-    np.ravel(panels)[0].set_ylabel("time of a round, median (seconds)")
+    np.ravel(panels)[0].set_ylabel("time of a client's step (microseconds)")
     common.tidy(*np.ravel(panels))
-    lines = {}
-    for axes in np.ravel(panels):
-        handles, labels = axes.get_legend_handles_labels()
-        lines |= dict(zip(labels, handles, strict=True))
     figure.legend(
         *(lines.values(), lines.keys()), frameon=False, loc="outside right upper"
     )

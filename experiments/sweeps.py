@@ -51,7 +51,6 @@ class Settings:
 PRESETS = {
     "ci": Settings("ci", "tiny", 2, 2, rounds=2, sample=2, chunk=1),
     "full": Settings("full", "W2", 10, 10, rounds=20, sample=10, chunk=1),
-    "gpu": Settings("full", "W2", 10, 10, rounds=20, sample=10, chunk=0),
 }
 
 

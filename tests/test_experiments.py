@@ -17,6 +17,7 @@ import toy
 import jaxfl
 from experiments import (
     baselines,
+    cohorts,
     common,
     mcmahan2017,
     mnist_skews,
@@ -71,6 +72,7 @@ def test_every_experiment_is_tested_here():
     with_main = {p.stem for p in scripts if "__main__" in p.read_text("utf-8")}
     assert with_main == {
         *("mnist_skews", "node_curves", "mcmahan2017", "speed"),
+        *("cohorts", "sweeps"),
         *("many_clients", "processes"),
         *("kamp2018", "threshold_front", "compression2017", "error_feedback"),
         "secure_cost",
@@ -210,6 +212,33 @@ def test_speed(tmp_path):
     assert summary["matmul_flops_per_second"] > 0
     assert len(rows) == 2 * 2
     assert "GFLOP/s" in printed
+
+
+def test_cohorts(tmp_path):
+    summary, rows, printed = results(tmp_path, "cohorts")
+    measured = summary["rows"]["2nn"]
+    assert {r["row"] for r in measured} == {
+        *("one by one", "all at once", "all at once, bfloat16"),
+        *("(a) loop over clients, steps", "(b) loop over clients"),
+    }
+    assert set(cohorts.STYLES) >= {r["row"] for r in measured}
+    for row in measured:
+        steps = 2 * 20 / 10
+        assert row["microseconds_a_step"] == pytest.approx(1e6 * row["seconds"] / steps)
+        # Forward and backward, but for the gradient of the input; 10 examples a step.
+        flops = row["flops_per_second"] * row["seconds"] / steps
+        assert 4 * 10 * 199_210 < flops < 7 * 10 * 199_210
+    assert len(rows) == 5 and "TFLOP/s" in printed
+
+
+def test_sweeps(tmp_path):
+    done = run(tmp_path, "sweeps", "--preset", "ci")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "results" / "sweeps" / "summary.json").read_text())
+    one, *others = summary["runs"].values()
+    assert one["ratio"] == 1 and len(others) == 2
+    assert all(other["distance"] < 1e-5 for other in others)  # the same runs
+    assert all(other["seconds"] > 0 for other in (one, *others))
 
 
 def test_speed_of_channels(tmp_path):
