@@ -20,7 +20,9 @@ def synthetic(
 
     and 50 + floor(LogNormal(4, 2^2)) examples: a few clients have most of them. Alpha is
     how much the clients' models differ, beta how much their inputs do. The paper writes
-    N(0, alpha) and N(0, beta); that they are standard deviations is so in its code.
+    N(0, alpha) and N(0, beta); that they are standard deviations is so in its code. As
+    there, u_k is one number: it adds the same to every class's logit, so that alpha
+    changes the clients' models but not their labels.
 
     Args:
       alpha: at least 0.
@@ -38,8 +40,8 @@ def synthetic(
 
     Example:
       >>> examples, ids = synthetic(1.0, 1.0, seed=0)
-      >>> examples["x"].shape[1], len(np.unique(ids)), np.bincount(ids).min() >= 50
-      (60, 30, True)
+      >>> examples["x"].shape[1], len(np.unique(ids)), int(np.bincount(ids).min())
+      (60, 30, 50)
 
     Reference: Li et al. 2020, "Federated Optimization in Heterogeneous Networks",
       arXiv:1812.06127, section 5.1; after Shamir, Srebro, Zhang 2014, arXiv:1312.7853.
