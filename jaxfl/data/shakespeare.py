@@ -20,8 +20,8 @@ _SHA256_OF_TEXT = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc56
 # The characters and their order are those of TensorFlow Federated, whose text is longer
 # and has more of them than this one; so models have the parameters of published ones.
 CHARACTERS = (
-    "dhlptx@DHLPTX $(,048cgkoswCGKOSW[_#'/37;?bfjnrvzBFJNRVZ\"&*.26:\naeimquyAEIMQUY]!%)"
-    "-159\r"
+    "dhlptx@DHLPTX $(,048cgkoswCGKOSW[_#'/37;?"
+    'bfjnrvzBFJNRVZ"&*.26:\naeimquyAEIMQUY]!%)-159\r'
 )
 PAD, OOV, BOS, EOS = 0, len(CHARACTERS) + 1, len(CHARACTERS) + 2, len(CHARACTERS) + 3
 VOCABULARY = len(CHARACTERS) + 4
@@ -39,11 +39,11 @@ def shakespeare(
     A client is a role, as in LEAF and in TensorFlow Federated (TFF), which take it from
     all plays; these are 40,000 lines of them. Roles are told apart by their name only.
     As in TFF, the 90 tokens are padding 0, 86 characters 1 to 86, an unknown character
-    87, begin 88 and end 89; each speech stands between begin and end, a window's targets
-    are its inputs one token later, and windows do not overlap. The first four fifths of
-    a role's text are for training, the rest for testing. Unlike TFF, and like LEAF, a
-    role's speeches are one text, cut into windows wherever they end; only its last
-    window is padded.
+    87, begin 88 and end 89; each speech stands between begin and end, a window's
+    targets are its inputs one token later, and windows do not overlap. The first four
+    fifths of a role's text are for training, the rest for testing. Unlike TFF, and like
+    LEAF, a role's speeches are one text, cut into windows wherever they end; only its
+    last window is padded.
 
     Args:
       source: where the text comes from.

@@ -1,4 +1,4 @@
-"""Synthetic(alpha, beta): clients whose models and inputs differ as much as is asked."""
+"""Synthetic(alpha, beta): clients whose models and inputs differ as asked."""
 
 import numpy as np
 
@@ -18,11 +18,11 @@ def synthetic(
       y = argmax(W_k x + b_k),  W_k, b_k ~ N(u_k, 1),  u_k ~ N(0, alpha^2),
       x ~ N(v_k, Sigma),  Sigma_jj = j^-1.2,  v_k,j ~ N(B_k, 1),  B_k ~ N(0, beta^2),
 
-    and 50 + floor(LogNormal(4, 2^2)) examples: a few clients have most of them. Alpha is
-    how much the clients' models differ, beta how much their inputs do. The paper writes
-    N(0, alpha) and N(0, beta); that they are standard deviations is so in its code. As
-    there, u_k is one number: it adds the same to every class's logit, so that alpha
-    changes the clients' models but not their labels.
+    and 50 + floor(LogNormal(4, 2^2)) examples: a few clients have most of them. Alpha
+    is how much the clients' models differ, beta how much their inputs do. The paper
+    writes N(0, alpha) and N(0, beta); that they are standard deviations is so in its
+    code. As there, u_k is one number: it adds the same to every class's logit, so that
+    alpha changes the clients' models but not their labels.
 
     Args:
       alpha: at least 0.

@@ -1,6 +1,6 @@
 """Residual networks without batch statistics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +10,10 @@ from jaxfl.conv import matmul_conv
 
 
 class ResNet(nn.Module):
-    """Residual blocks of two 3x3 convolutions in four stages, see `resnet18`."""
+    """Residual blocks of two 3x3 convolutions, so many a stage, see `resnet18`."""
 
     num_classes: int
+    blocks: Sequence[int] = (2, 2, 2, 2)
     width: int = 64
     groups: int = 2
     convolution: Callable[..., jax.Array] = matmul_conv
@@ -22,9 +23,9 @@ class ResNet(nn.Module):
         if x.ndim != 4:
             raise ValueError(f"x must be images [B, H, W, C], got shape {x.shape}.")
         x = nn.relu(self.convolve_and_norm(x, self.width, 3))
-        for stage in range(4):
+        for stage, blocks in enumerate(self.blocks):
             features = self.width * 2**stage
-            for block in range(2):
+            for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
                 y = nn.relu(self.convolve_and_norm(x, features, 3, stride))
                 y = self.convolve_and_norm(y, features, 3)
@@ -91,4 +92,4 @@ def resnet18(
     """
     if groups < 1 or width < 1 or width % groups:
         raise ValueError(f"groups must divide width, got {groups=} and {width=}.")
-    return ResNet(num_classes, width, groups, convolution)
+    return ResNet(num_classes, width=width, groups=groups, convolution=convolution)

@@ -1,4 +1,4 @@
-"""Synthetic(alpha, beta): every deviation in its definition, and none twice as large."""
+"""Synthetic(alpha, beta): every deviation in its definition, and no other."""
 
 import numpy as np
 import pytest
