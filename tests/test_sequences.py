@@ -173,7 +173,9 @@ def test_losses_of_real_tokens_only():
     assert want[2] == 0 and got[2] == 0
     # No padding: as `cross_entropy`. Padding has no gradient, even of NaN logits.
     full = loss(jnp.asarray(logits), TOKENS)
-    np.testing.assert_allclose(full, models.cross_entropy(logits, TOKENS), rtol=1e-6)
+    np.testing.assert_allclose(
+        full, models.cross_entropy(jnp.asarray(logits), TOKENS), rtol=1e-6
+    )
     slope = jax.grad(lambda z: loss(z, LABELS).sum())(jnp.asarray(logits))
     assert np.all(slope[~real] == 0) and np.all(np.abs(slope[real]).max(-1) > 0)
     assert np.isnan(loss(jnp.asarray(logits), LABELS.at[1, 0].set(12))[1])
