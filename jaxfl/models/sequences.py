@@ -55,7 +55,7 @@ def _embed(vocabulary: int, features: int, tokens: jax.Array, name: str) -> jax.
     dense = nn.Dense(
         features,
         use_bias=False,
-        kernel_init=nn.initializers.normal(0.05),
+        kernel_init=nn.initializers.normal(features**-0.5),
         name=name,
     )
     return dense(jax.nn.one_hot(tokens, vocabulary))
