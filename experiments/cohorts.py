@@ -15,7 +15,7 @@ more to update them, so that a step moves four times their size, however it is d
 import dataclasses
 import gc
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ def measure(config, model, data, cohort, chunk, convolution, dtype) -> dict:
     model_, federation = federation_of(model, chunk, convolution, dtype)
     params = model_.init(jax.random.key(0))
     state = federation.init(params, data)
-    some = dict(rounds=1, key=jax.random.key(0), cohort_size=cohort)
+    some: Any = dict(rounds=1, key=jax.random.key(0), cohort_size=cohort)
     step = jax.jit(
         lambda state, data: jaxfl.scan_rounds(federation, state, data, **some),
         donate_argnums=0,

@@ -17,7 +17,7 @@ they end with are compared with those of the one program.
 import dataclasses
 import itertools
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def main() -> None:
             strict=True,
         )
     ]
-    some = {"rounds": config.rounds, "cohort_size": work.cohort}
+    some: dict[str, Any] = {"rounds": config.rounds, "cohort_size": work.cohort}
 
     def federation_of(rate):
         averaging = jaxfl.fedavg(model.loss, optax.sgd(rate), batch_size=speed.BATCH)

@@ -77,7 +77,7 @@ def test_every_experiment_is_tested_here():
         *("kamp2018", "threshold_front", "compression2017", "error_feedback"),
         "secure_cost",
         *("dp_fedavg", "dp_ftrl2021"),
-        "scaffold2020",
+        *("scaffold2020", "reddi2021"),
         *("byzantine", "backdoor2019"),
         *("inverting_gradients", "membership"),
         "hitaj2017",
@@ -488,6 +488,27 @@ def test_other_methods_of_personalisation():
         arguments = jnp.float32(0.1), jnp.float32(0.5), 0, data
         state = jax.eval_shape(train, *arguments)
         assert jax.eval_shape(look, *arguments, state).shape == (2, config.clients)
+
+
+@pytest.mark.skipif(
+    not os.environ.get("JAXFL_DATA_DIR"), reason="JAXFL_DATA_DIR is not set"
+)
+def test_reddi2021(tmp_path):
+    summary, rows, printed = results(tmp_path, "reddi2021")
+    assert len(rows) == 2 * 4 * 3  # tasks, rates, rounds
+    for task in ("shakespeare", "cifar10"):
+        best = summary[task]["FedAdam"]
+        runs = {}
+        for r in rows:
+            if r["task"] == task and int(r["round"]) > 1:
+                rates = float(r["client_rate"]), float(r["server_rate"])
+                runs.setdefault(rates, []).append(float(r["accuracy"]))
+        assert len(runs) == 4  # the table is the best grid point's end
+        means = {rates: np.mean(run) for rates, run in runs.items()}
+        assert best["accuracy"] == pytest.approx(max(means.values()), rel=1e-5)
+        at = best["learning rates"]
+        assert means[at["client"], at["server"]] == max(means.values())
+    assert "shakespeare" in printed and "57.0" in printed
 
 
 def test_secure_cost(tmp_path):

@@ -1,5 +1,6 @@
 """Federated data: the container, partitions, and sources."""
 
+from jaxfl.data.cifar import cifar10
 from jaxfl.data.federated import (
     ClientData,
     client_rows,
@@ -22,6 +23,8 @@ from jaxfl.data.partition import (
     shards,
     similarity,
 )
+from jaxfl.data.shakespeare import shakespeare
+from jaxfl.data.synthetic import synthetic
 
 __all__ = [
     "ClientData",
@@ -42,6 +45,9 @@ __all__ = [
     "natural",
     "mnist",
     "mnist_writers",
+    "cifar10",
+    "shakespeare",
+    "synthetic",
     "data_root",
     "read_checked",
 ]

@@ -3,11 +3,12 @@
 import gzip
 import importlib.resources
 import os
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from jaxfl.data.files import read_checked
+from jaxfl.data.tfds import prepared
 
 Digits = dict[str, np.ndarray]
 
@@ -85,7 +86,8 @@ def mnist(
     if source == "files":
         return _files("train", data_dir), _files("t10k", data_dir)
     if source == "tfds":
-        return _tfds(data_dir)
+        train, test = prepared("mnist", ("train", "test"), data_dir)
+        return _collect(train), _collect(test)
     raise ValueError(
         f"source was {source!r}; it should be 'embedded', 'files' or 'tfds'"
     )
@@ -197,34 +199,6 @@ def _writers(qmnist: str, split: str, data_dir: str | os.PathLike | None) -> np.
             f"{split}-labels-idx1-ubyte.gz, and were not"
         )
     return np.ascontiguousarray(extended[:, 2])
-
-
-def _tfds(data_dir: str | os.PathLike | None) -> tuple[Digits, Digits]:
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            "source='tfds' needs TensorFlow Datasets: pip install 'jaxfl[tfds]'"
-        ) from error
-    builder: Any = tfds.builder("mnist", data_dir=data_dir)
-    if not builder.is_prepared():
-        # The only format that can be read without TensorFlow afterwards.
-        builder = tfds.builder("mnist", data_dir=data_dir, file_format="array_record")
-        try:
-            builder.download_and_prepare()
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                f"MNIST is not prepared in {builder.data_dir}, and TensorFlow Datasets "
-                f"needs the package {error.name!r} to prepare it: install that, or let "
-                "data_dir be a folder where it is prepared already"
-            ) from error
-    file_format = builder.info.file_format
-    if file_format is not None and file_format.value == "tfrecord":
-        splits = tfds.as_numpy(builder.as_dataset(split=["train", "test"]))
-    else:
-        splits = builder.as_data_source(split=["train", "test"])
-    train, test = (_collect(split) for split in splits)
-    return train, test
 
 
 def _collect(examples) -> Digits:
