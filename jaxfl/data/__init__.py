@@ -1,5 +1,6 @@
 """Federated data: the container, partitions, and sources."""
 
+from jaxfl.data.cmapss import cmapss, cmapss_sensors, last_rows, window_rows
 from jaxfl.data.federated import (
     ClientData,
     client_rows,
@@ -42,6 +43,10 @@ __all__ = [
     "natural",
     "mnist",
     "mnist_writers",
+    "cmapss",
+    "cmapss_sensors",
+    "window_rows",
+    "last_rows",
     "data_root",
     "read_checked",
 ]
