@@ -12,6 +12,11 @@ from jaxfl import models
 
 CAP = 125.0
 """Cycles; an engine that has longer to live than that shows no wear yet."""
+SENSORS = (
+    *("T24", "T30", "T50", "P30", "Nf", "Nc", "Ps30", "phi", "NRf", "NRc"),
+    *("BPR", "htBleed", "W31", "W32"),
+)
+"""The 14 that move, as Li, Ding and Sun 2018 chose them."""
 
 
 class Convolutions(nn.Module):

@@ -1,4 +1,4 @@
-"""The prototype Turbofan Tycoon, whose numbers a company went by: is federating worth it?
+"""The prototype Turbofan Tycoon: what a small network gains by being federated.
 
 Cloudera Fast Forward Labs 2018, Federated Learning (report FF09): engines of C-MAPSS'
 FD001 and FD003, training and test files put together, four at each of 80 airlines, and
@@ -21,13 +21,9 @@ import numpy as np
 import optax
 
 import jaxfl
-from experiments import common
+from experiments import common, turbofan_models
 from jaxfl import data, models
 
-INPUTS = (
-    *("T24", "T30", "T50", "P30", "Nf", "Nc", "Ps30", "phi", "NRf", "NRc"),
-    *("BPR", "htBleed", "W31", "W32"),
-)
 PUBLISHED = {"naive": 94.2, "local": 79.0, "federated": 64.3, "pooled": 62.4}
 REGIMES = {"local": "each airline alone", "federated": "federated", "pooled": "pooled"}
 ENGINES, FOLDS, PER_AIRLINE = 400, 5, 4
@@ -56,7 +52,7 @@ class Settings:
 def rows_of(config, life):
     """Inputs and remaining life, `[E, 17]`; each row's engine, and its cycle, `[E]`."""
     rows, engine, cycle = [], [], []
-    columns = data.cmapss_sensors(INPUTS)
+    columns = data.cmapss_sensors(turbofan_models.SENSORS)
     for i, table in enumerate(data.cmapss("FD001", "FD003")):
         left = table["rul"]
         if life == "recorded":
@@ -228,7 +224,9 @@ def run(config: Settings) -> None:
         ("", "published", *(f"life to the {life} end" for life in runs)),
         [
             (name, PUBLISHED[name])
-            + tuple(f"{r[name].mean():.1f} ({r[name].std():.1f})" for r in last.values())
+            + tuple(
+                f"{r[name].mean():.1f} ({r[name].std():.1f})" for r in last.values()
+            )
             for name in PUBLISHED
         ],
     )
