@@ -72,8 +72,8 @@ class Settings:
 PRESETS = {
     "ci": Settings(
         *("ci", 4, ("engines",), ("pooled", "fedavg", "isolated"), "mlp"),
-        stride=10,
-        engines=20,
+        stride=20,
+        engines=10,
         seeds=1,
     ),
     "full": Settings("full", rounds=40, cases=tuple(CASES)),
