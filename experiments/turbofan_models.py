@@ -3,6 +3,8 @@
 All take windows `[B, W, F]` and give the remaining life in units of the cap.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -58,8 +60,8 @@ class Recurrent(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.RNN(nn.OptimizedLSTMCell(self.memory))(x)[:, -1]
-        return models.mlp(self.hidden, 1)(x)
+        states: Any = nn.RNN(nn.OptimizedLSTMCell(self.memory))(x)
+        return models.mlp(self.hidden, 1)(states[:, -1])
 
 
 NETWORKS = {

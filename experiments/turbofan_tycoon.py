@@ -183,6 +183,7 @@ def draw(config, runs):
             ylabel="RMSE on test engines (cycles)",
             title=f"life counted to the {'last row' if life == 'recorded' else 'end'}",
             ylim=(0, None),
+            xticks=rounds[1::2],
         )
     common.tidy(*np.atleast_1d(panels))
     np.atleast_1d(panels)[0].legend(frameon=False, fontsize=8, loc="lower left")

@@ -1,6 +1,6 @@
 """Means and deviations over a population, of sums that clients make of their rows."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ class Moments(NamedTuple):
         """
         return jnp.any(self.std > tolerance * jnp.abs(self.mean), 0)
 
-    def standardize(self, x: jax.Array, group: jax.Array | None = None) -> jax.Array:
+    def standardize(self, x: Any, group: Any = None) -> jax.Array:
         """`(x - mean_g) / std_g`, and 0 where a feature is constant in the group.
 
         Args:
@@ -46,6 +46,7 @@ class Moments(NamedTuple):
           float32 `[..., F]`.
         """
         group = jnp.zeros(jnp.shape(x)[:-1], int) if group is None else group
+        group = jnp.asarray(group)
         mean, std = self.mean[group], self.std[group]
         moves = std > 1e-6 * jnp.abs(mean)
         return jnp.where(moves, (x - mean) / jnp.where(moves, std, 1), 0)
