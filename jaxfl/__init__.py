@@ -78,6 +78,7 @@ from jaxfl.downlink import downlink
 from jaxfl.evaluate import compare, on_server
 from jaxfl.history import History
 from jaxfl.mesh import client_mesh
+from jaxfl.moments import Moments, moments
 from jaxfl.plan import cores_as_devices, dry_run, tune
 from jaxfl.privacy.clip import clip
 from jaxfl.round import federate, map_clients
@@ -92,6 +93,8 @@ __all__ = [
     "data",
     "ClientData",
     "from_arrays",
+    "moments",
+    "Moments",
     # models
     "models",
     "matmul_conv",

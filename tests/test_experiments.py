@@ -24,6 +24,8 @@ from experiments import (
     node_curves,
     personalisation,
     speed,
+    turbofan_models,
+    turbofan_tycoon,
 )
 from jaxfl.data import from_arrays
 
@@ -83,6 +85,7 @@ def test_every_experiment_is_tested_here():
         "hitaj2017",
         "stragglers",
         "personalisation",
+        "turbofan",
     }
 
 
@@ -126,6 +129,87 @@ def test_mnist_skews_with_other_biases(tmp_path):
     )
     assert list(summary) == ["pooled", "dominant_50", "settings"]
     assert len(rows) == 2
+
+
+needs_files = pytest.mark.skipif(
+    not os.environ.get("JAXFL_DATA_DIR"),
+    reason="JAXFL_DATA_DIR is not set: no original C-MAPSS files",
+)
+
+
+@needs_files
+def test_turbofan(tmp_path):
+    summary, rows, printed = results(tmp_path, "turbofan")
+    found = summary["engines"]
+    assert set(found) == {"pooled", "fedavg", "isolated"}
+    assert 0 < found["pooled"]["rmse_mean"] < found["isolated"]["rmse_mean"]
+    assert all(
+        run["capped_mean"] > 0 and run["rmse_std"] == 0 for run in found.values()
+    )
+    assert len(rows) == 3 * 2  # looked at after every second round of 4
+    assert {row["regime"] for row in rows} == set(found)
+    assert "DCNN (Li et al. 2018) 12.6" in printed
+
+
+@needs_files
+def test_turbofan_tycoon(tmp_path):
+    # Few engines, one repetition; the naive guess needs no training to be right.
+    done = run(
+        *(tmp_path, "turbofan", "--preset", "tycoon", "--engines", "20"),
+        *("--rounds", "2", "--repetitions", "1", "--lives", "recorded"),
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "results" / "turbofan"
+    summary = json.loads((folder / "summary.json").read_text())
+    found = summary["recorded"]["rmse"]
+    assert set(found) == set(summary["published"])
+    assert found["federated"] < found["local"] < 120
+    assert summary["settings"]["preset"] == "tycoon"
+
+
+@needs_files
+def test_turbofan_tycoon_has_the_rows_of_the_report():
+    settings = turbofan_tycoon.Settings()
+    rows, engine, cycle = turbofan_tycoon.rows_of(settings, "recorded")
+    assert rows.shape == (75043, 17) and len(np.unique(engine)) == 400
+    last = np.append(np.flatnonzero(np.diff(engine)), len(engine) - 1)
+    assert not rows[last, -1].any()
+    true = turbofan_tycoon.rows_of(settings, "true")[0][:, -1]
+    assert (true >= rows[:, -1]).all() and (true[last] > 0).sum() == 200
+    tested = np.zeros(400, int)
+    for fold in range(turbofan_tycoon.FOLDS):
+        ids = turbofan_tycoon.airlines(400, 0, fold)
+        assert np.bincount(ids).tolist() == [4] * 80 + [80]
+        tested += ids == 80
+    assert (tested == 1).all()
+    # As published but for the split: 94.2, of which one varies by 17.
+    naive = np.sqrt(np.mean((181 - cycle - rows[:, -1]) ** 2))
+    np.testing.assert_allclose(naive, 101.7, atol=0.05)
+
+
+def test_nasa_score_and_the_capped_loss():
+    error = np.array([-26.0, -1.0, 0.0, 1.0, 20.0])
+    early, late = np.exp(-error / 13) - 1, np.exp(error / 10) - 1
+    np.testing.assert_allclose(
+        turbofan_models.nasa_score(jnp.asarray(error)),
+        np.where(error < 0, early, late),
+        rtol=1e-5,
+    )
+    assert late[-1] > early[0] * 0.99  # late by 20 is as bad as early by 26
+    outputs, life = jnp.array([[1.0], [0.5]]), jnp.array([145.0, 62.5])
+    assert turbofan_models.squared_error(outputs, life).tolist() == [0, 0]
+    seen = turbofan_models.in_cycles(outputs, life)
+    assert seen["squared"].tolist() == [400, 0] and seen["capped"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("network", turbofan_models.NETWORKS)
+def test_turbofan_networks_depend_on_the_whole_window(network):
+    x = jax.random.normal(jax.random.key(0), (2, 30, 14))
+    model = turbofan_models.model_of(network, x)
+    params = model.init(jax.random.key(1))
+    slope = jax.grad(lambda x: model.apply(params, x).sum())(x)
+    assert model.apply(params, x).shape == (2, 1)
+    assert (jnp.abs(slope[:, 1:-1]).sum((0, 2)) > 0).all()
 
 
 def test_stragglers(tmp_path):

@@ -1,6 +1,7 @@
 """Federated data: the container, partitions, and sources."""
 
 from jaxfl.data.cifar import cifar10
+from jaxfl.data.cmapss import cmapss, cmapss_sensors, last_rows, window_rows
 from jaxfl.data.federated import (
     ClientData,
     client_rows,
@@ -48,6 +49,10 @@ __all__ = [
     "cifar10",
     "shakespeare",
     "synthetic",
+    "cmapss",
+    "cmapss_sensors",
+    "window_rows",
+    "last_rows",
     "data_root",
     "read_checked",
 ]

@@ -1,8 +1,11 @@
 """Original data files: where they are looked for, and that they are genuine."""
 
+import contextlib
+import gzip
 import hashlib
 import os
 import pathlib
+import zlib
 
 VARIABLE = "JAXFL_DATA_DIR"
 
@@ -42,7 +45,8 @@ def read_checked(
     """The bytes of an original file, after its SHA-256 has been verified.
 
     Args:
-      name: the file, relative to the data folder, such as `"mnist/labels.gz"`.
+      name: the file, relative to the data folder, such as `"mnist/labels.gz"`; where
+        it is not there, but `NAME.gz` is, that is unpacked.
       sha256: the checksum of the genuine file, 64 hexadecimal digits.
       origin: where a reader can get the file; part of the error messages.
       data_dir: the data folder; None reads the environment variable `JAXFL_DATA_DIR`.
@@ -63,12 +67,18 @@ def read_checked(
         environment variable JAXFL_DATA_DIR (or data_dir) to the folder that has a.gz
     """
     path = data_root(data_dir) / name
-    if not path.is_file():
+    packed = path.with_name(path.name + ".gz")
+    if path.is_file():
+        content = path.read_bytes()
+    elif packed.is_file():
+        path, content = packed, packed.read_bytes()
+        with contextlib.suppress(OSError, EOFError, zlib.error):  # else: wrong checksum
+            content = gzip.decompress(content)
+    else:
         raise FileNotFoundError(
             f"{path}: no such file. Get it from {origin}, or set the environment "
             f"variable {VARIABLE} (or data_dir) to the folder that has {name}"
         )
-    content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ValueError(

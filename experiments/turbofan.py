@@ -1,0 +1,283 @@
+"""Is it worth federating? Engines that wear out, by engine and by airline.
+
+NASA's C-MAPSS turbofans (Saxena et al. 2008): how many flights has an engine left, told
+from the sensors of its last 30, each standardised by its operating condition's mean and
+deviation, which are had by sums over the nodes. Nodes are single engines, or the four
+subsets with their own mix of conditions and faults. Each node alone, federated (FedAvg,
+FedProx, SCAFFOLD, Ditto), or all data pooled; root mean squared error and NASA's score
+on the official test engines, beside published centralised ones.
+
+`--preset tycoon` is the prototype of a company's report, see `turbofan_tycoon`.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxfl
+from experiments import common, turbofan_models, turbofan_tycoon
+from jaxfl import data
+
+FLEETS = ("FD001", "FD002", "FD003", "FD004")
+CASES = {"engines": ("FD001",), "fleets": FLEETS}
+REGIMES = ("pooled", "fedavg", "fedprox", "scaffold", "ditto", "isolated")
+# RMSE on FD001, in cycles.
+PUBLISHED = {
+    "CNN (Sateesh Babu et al. 2016)": 18.4,
+    "LSTM (Zheng et al. 2017)": 16.1,
+    "DCNN (Li et al. 2018)": 12.6,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """An engine's remaining life from a window of its sensors."""
+
+    preset: Literal["ci", "full"]
+    """Where the other settings start from: a small run, the whole one, or `tycoon`."""
+    rounds: int
+    """In each a node passes once over its windows."""
+    cases: tuple[str, ...]
+    """`engines`: 100 nodes, those of FD001. `fleets`: FD001 to FD004, 4 nodes."""
+    regimes: tuple[str, ...] = REGIMES
+    """`pooled`, `fedavg`, `fedprox`, `scaffold`, `ditto`, `isolated`."""
+    network: Literal["linear", "mlp", "cnn", "lstm"] = "cnn"
+    """See `turbofan_models`."""
+    window: int = 30
+    """Flights; the shortest test engine of FD001 has 31."""
+    stride: int = 1
+    """Of so many windows that follow one another in training, one is taken."""
+    engines: int | None = None
+    """So many training engines of each subset only."""
+    seeds: int = 5
+    """Of initial weights, batches and dropout."""
+    learning_rate: float = 0.02
+    """Of the nodes' SGD, which has a momentum of 0.9 but in SCAFFOLD."""
+    pooled_rate: float = 1e-3
+    """Of Adam, where all data are pooled, and of each node that is alone."""
+    mu: float = 0.1
+    """Of FedProx, and Ditto's lambda."""
+    batch_size: int = 32
+    """Windows a step of a node."""
+    pooled_batch: int = 128
+    """Windows a step where all data are pooled."""
+
+
+PRESETS = {
+    "ci": Settings(
+        *("ci", 4, ("engines",), ("pooled", "fedavg", "isolated"), "mlp"),
+        stride=20,
+        engines=10,
+        seeds=1,
+    ),
+    "full": Settings("full", rounds=30, cases=tuple(CASES)),
+    "tycoon": turbofan_tycoon.Settings(),
+}
+
+
+def windows(config, case):
+    """The nodes' windows, and the last one of each test engine and its subset."""
+    train, test = data.cmapss(*CASES[case])
+    node = train["engine"] if case == "engines" else train["subset"]
+    columns = data.cmapss_sensors(turbofan_models.SENSORS)
+    rows = data.group(
+        {"x": train["sensors"][:, columns], "condition": train["condition"]}, node
+    )
+    moments = jaxfl.moments(rows, "x", "condition", num_groups=6, chunk_size=1)
+
+    def of(table, kept):
+        x = moments.standardize(table["sensors"][:, columns], table["condition"])
+        rows = data.window_rows(table["engine"], config.window)[kept]
+        return np.asarray(x)[rows], table["rul"][kept].astype(np.float32)
+
+    number = train["engine"]
+    if config.engines is not None:
+        first = np.concatenate([[0], np.cumsum(np.bincount(train["subset"]))[:-1]])
+        number = train["engine"] - train["engine"][first][train["subset"]]
+    kept = (train["cycle"] >= config.window) & (train["cycle"] % config.stride == 0)
+    if config.engines is not None:
+        kept &= number < config.engines
+    last = data.last_rows(test["engine"])
+    x, y = of(train, kept)
+    nodes = data.from_arrays(jnp.asarray(x), jnp.asarray(y), data.natural(node[kept]))
+    x, y = of(test, last)
+    return nodes, {"x": jnp.asarray(x), "y": jnp.asarray(y)}, test["subset"][last]
+
+
+def algorithm_of(config, regime, loss):
+    """What the nodes compute, and what their messages pass."""
+    work = {"batch_size": config.batch_size}
+    sgd = optax.sgd(config.learning_rate, momentum=0.9)
+    alone = optax.adam(config.pooled_rate)
+    if regime == "pooled":
+        # Half of each pass's way, which evens out its last steps.
+        half, batch = optax.sgd(0.5), config.pooled_batch
+        return jaxfl.fedavg(loss, alone, half, batch_size=batch), jaxfl.mean()
+    if regime == "isolated":
+        return jaxfl.isolated(loss, alone, **work), jaxfl.identity()
+    algorithm = {
+        "fedavg": lambda: jaxfl.fedavg(loss, sgd, **work),
+        "fedprox": lambda: jaxfl.fedprox(loss, sgd, config.mu, **work),
+        "scaffold": lambda: jaxfl.scaffold(loss, config.learning_rate, **work),
+        "ditto": lambda: jaxfl.ditto(
+            loss, sgd, config.mu, personal_optimizer=alone, **work
+        ),
+    }[regime]()
+    return algorithm, jaxfl.mean()
+
+
+def scores(model, params, test, subset):
+    """RMSE (life as it is, and capped) and NASA's score; RMSE of each subset."""
+    each = model.metrics(params, test)
+    of_subset = [
+        jnp.sqrt(jnp.mean(each["squared"][subset == s])) for s in np.unique(subset)
+    ]
+    return {
+        "rmse": jnp.sqrt(jnp.mean(each["squared"])),
+        "capped": jnp.sqrt(jnp.mean(each["capped"])),
+        "score": jnp.sum(each["score"]),
+        "own": jnp.stack(of_subset),
+    }
+
+
+def one_run(config, case, regime, seed, nodes, test, subset):
+    """Scores after every second round; of nodes with models of their own, `[N]`."""
+    model = turbofan_models.model_of(config.network, test["x"][:1])
+    algorithm, channel = algorithm_of(config, regime, model.loss)
+    nodes = data.pool(nodes) if regime == "pooled" else nodes
+    params = model.init(jax.random.key(seed))
+    federation = jaxfl.federate(algorithm, channel)
+    federation = jaxfl.tune(federation, params, nodes, verbose=False)
+
+    def evaluate(state):
+        if regime not in ("ditto", "isolated"):
+            return scores(model, state.params, test, subset)
+        each = jax.lax.map(
+            lambda own: scores(model, own, test, subset), state.clients.algorithm
+        )
+        if case == "fleets":  # a model for its own subset
+            each["own"] = jnp.diagonal(each["own"])
+        else:
+            each["own"] = jnp.mean(each["own"], 0)
+        return {k: v if k == "own" else jnp.mean(v) for k, v in each.items()}
+
+    _, history = jaxfl.simulate(
+        *(federation, params, nodes),
+        rounds=config.rounds,
+        key=jax.random.key(seed),
+        evaluate=evaluate,
+        every=2,
+        progress=False,
+    )
+    return {name: history[name] for name in ("rmse", "capped", "score", "own")}
+
+
+def draw(config, runs):
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(
+        *(1, len(runs)),
+        figsize=(5.5 * len(runs), 4),
+        layout="constrained",
+        squeeze=False,
+    )
+    colours = dict(
+        zip(
+            REGIMES,
+            (common.BLUE, common.GREEN, common.SKY, common.PINK, common.RED)
+            + (common.ORANGE,),
+            strict=True,
+        )
+    )
+    titles = {
+        "engines": "FD001, each engine a node",
+        "fleets": "FD001 to FD004, each a node",
+    }
+    rounds = np.arange(2, config.rounds + 1, 2)
+    for axes, (case, found) in zip(panels[0], runs.items(), strict=True):
+        for regime, seen in found.items():
+            mean, std = seen["rmse"].mean(0), seen["rmse"].std(0)
+            colour = colours[regime]
+            axes.plot(rounds, mean, color=colour, label=regime)
+            axes.fill_between(
+                rounds, mean - std, mean + std, color=colour, alpha=0.15, lw=0
+            )
+        axes.set(
+            xlabel="round (one pass over a node's windows)",
+            ylabel="RMSE on all test engines (cycles)",
+            title=titles[case],
+            ylim=(0, 60),
+        )
+        axes.legend(frameon=False, fontsize=8)
+    common.tidy(*panels[0])
+    return figure
+
+
+def main() -> None:
+    config = common.settings(PRESETS, __doc__)
+    if isinstance(config, turbofan_tycoon.Settings):
+        turbofan_tycoon.run(config)
+        return
+    jaxfl.cores_as_devices()
+    common.check_known((config.cases, CASES), (config.regimes, REGIMES))
+    runs = {}
+    for case in config.cases:
+        nodes, test, subset = windows(config, case)
+        runs[case] = {}
+        for regime in config.regimes:
+            seeds = [
+                one_run(config, case, regime, seed, nodes, test, subset)
+                for seed in range(config.seeds)
+            ]
+            runs[case][regime] = jax.tree.map(lambda *x: np.stack(x), *seeds)
+
+    folder = common.results_folder("turbofan")
+    summary = {
+        case: {
+            regime: {
+                **{f"{k}_mean": v[:, -1].mean(0) for k, v in seen.items()},
+                **{f"{k}_std": v[:, -1].std(0) for k, v in seen.items()},
+            }
+            for regime, seen in found.items()
+        }
+        for case, found in runs.items()
+    }
+    extra = {"published, FD001": PUBLISHED, "settings": dataclasses.asdict(config)}
+    common.save_summary(folder, summary | extra)
+    common.save_history(
+        folder,
+        ("case", "regime", "seed", "round", "rmse", "rmse capped", "score"),
+        [
+            (case, regime, seed, 2 * (i + 1))
+            + tuple(seen[name][seed, i] for name in ("rmse", "capped", "score"))
+            for case, found in runs.items()
+            for regime, seen in found.items()
+            for seed in range(config.seeds)
+            for i in range(config.rounds // 2)
+        ],
+    )
+    common.save_figure(folder, draw(config, runs), "turbofan")
+
+    def cell(x, digits=1):
+        return f"{x.mean():.{digits}f} ({x.std():.{digits}f})"
+
+    common.print_table(
+        f"{config.network}, mean (std) of {config.seeds} seeds; RMSE published, FD001: "
+        f"{', '.join(f'{k} {v}' for k, v in PUBLISHED.items())}",
+        ("nodes", "regime", "RMSE", "life capped", "score", "own subset"),
+        [
+            (case, regime)
+            + tuple(cell(seen[name][:, -1]) for name in ("rmse", "capped"))
+            + (cell(seen["score"][:, -1], 0), cell(seen["own"][:, -1].mean(-1)))
+            for case, found in runs.items()
+            for regime, seen in found.items()
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
