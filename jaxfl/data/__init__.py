@@ -22,6 +22,7 @@ from jaxfl.data.partition import (
     shards,
     similarity,
 )
+from jaxfl.data.readers import read_fedjax, read_leaf, read_tff
 
 __all__ = [
     "ClientData",
@@ -42,6 +43,9 @@ __all__ = [
     "natural",
     "mnist",
     "mnist_writers",
+    "read_leaf",
+    "read_fedjax",
+    "read_tff",
     "data_root",
     "read_checked",
 ]
