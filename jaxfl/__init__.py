@@ -12,7 +12,9 @@ from jaxfl import (
     attack,
     communicate,
     compress,
+    contribution,
     data,
+    drift,
     evaluate,
     faults,
     history,
@@ -188,6 +190,8 @@ __all__ = [
     "evaluate",
     "compare",
     "on_server",
+    "contribution",
+    "drift",
     "plot",
     "tree",
 ]

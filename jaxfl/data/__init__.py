@@ -26,6 +26,7 @@ from jaxfl.data.partition import (
 )
 from jaxfl.data.shakespeare import shakespeare
 from jaxfl.data.synthetic import synthetic
+from jaxfl.data.readers import read_fedjax, read_leaf, read_tff
 
 __all__ = [
     "ClientData",
@@ -53,6 +54,9 @@ __all__ = [
     "cmapss_sensors",
     "window_rows",
     "last_rows",
+    "read_leaf",
+    "read_fedjax",
+    "read_tff",
     "data_root",
     "read_checked",
 ]
