@@ -24,9 +24,9 @@ from jaxfl.data.partition import (
     shards,
     similarity,
 )
+from jaxfl.data.readers import read_fedjax, read_leaf, read_tff
 from jaxfl.data.shakespeare import shakespeare
 from jaxfl.data.synthetic import synthetic
-from jaxfl.data.readers import read_fedjax, read_leaf, read_tff
 
 __all__ = [
     "ClientData",
