@@ -11,6 +11,7 @@ on the official test engines, beside published centralised ones.
 """
 
 import dataclasses
+import sys
 from typing import Literal
 
 import jax
@@ -224,6 +225,8 @@ def main() -> None:
         return
     jaxfl.cores_as_devices()
     common.check_known((config.cases, CASES), (config.regimes, REGIMES))
+    if config.rounds % 2:
+        sys.exit(f"--rounds: every second round is looked at; got {config.rounds}")
     runs = {}
     for case in config.cases:
         nodes, test, subset = windows(config, case)

@@ -69,6 +69,11 @@ def rows_of(config, life):
 
 def airlines(engines: int, repetition: int, fold: int) -> np.ndarray:
     """Whose each engine is, `[engines]`: the last id is that of the test engines."""
+    if engines % (FOLDS * PER_AIRLINE) or ENGINES % engines:
+        raise ValueError(
+            f"engines must divide {ENGINES} and be a multiple of "
+            f"{FOLDS * PER_AIRLINE}, got {engines}."
+        )
     order = np.random.default_rng(repetition).permutation(engines)
     in_test = order % FOLDS == fold
     ids = np.full(engines, (engines - in_test.sum()) // PER_AIRLINE)

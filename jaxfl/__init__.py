@@ -49,7 +49,7 @@ from jaxfl.algorithms.fedavg import fedavg
 from jaxfl.algorithms.feddyn import feddyn
 from jaxfl.algorithms.fedexp import fedexp
 from jaxfl.algorithms.fednova import fednova
-from jaxfl.algorithms.fedopt import fedadagrad, fedadam, fedyogi
+from jaxfl.algorithms.fedopt import ema_of_params, fedadagrad, fedadam, fedyogi
 from jaxfl.algorithms.fedper import fedper
 from jaxfl.algorithms.fedprox import fedprox
 from jaxfl.algorithms.ifca import ifca
@@ -109,6 +109,7 @@ __all__ = [
     "fedadagrad",
     "fedadam",
     "fedyogi",
+    "ema_of_params",
     "fedprox",
     "scaffold",
     "feddyn",

@@ -100,8 +100,7 @@ def game(
       params: the initial model.
       data: the population's, of N clients.
       utility: `state -> float []`, the more the better: the accuracy on held-out
-        examples, or a loss with a minus. What is not finite makes the values of clients
-        NaN.
+        examples, or a loss with a minus. What is not finite makes values not finite.
       rounds: R.
       key: of every run.
       cohort_size: see `scan_rounds`; drawn from the whole population.

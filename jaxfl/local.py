@@ -78,7 +78,10 @@ class Normalised(NamedTuple):
     Attributes:
       params: what is trained.
       statistics: running means and variances, which no optimiser moves: `train` gives
-        them what the batches make of them, see `beside_statistics`.
+        them what the batches make of them, see `beside_statistics`. A channel takes
+        them for numbers like all others: they are compressed, clipped and noised with
+        the rest, and a variance to which noise was added may be negative. With noise
+        use GroupNorm or LayerNorm, or keep them at home, see `fedper`.
     """
 
     params: Params
@@ -177,7 +180,11 @@ def only(
 
     Args:
       optimizer: any optax optimiser, which sees that part alone.
-      chosen: `path -> bool`, of a parameter such as "Dense_2/kernel".
+      chosen: `path -> bool`, of a parameter such as "Dense_2/kernel", or
+        "params/Dense_2/kernel" of a `Normalised`.
+
+    Raises:
+      ValueError: in `init`, if all parameters are chosen, or none.
 
     >>> body = only(optax.sgd(1.0), lambda path: path != "head")
     >>> grads = {"body": jnp.float32(2.0), "head": jnp.float32(3.0)}
@@ -187,7 +194,11 @@ def only(
     """
 
     def label(params):
-        return tree.with_named(params, {p: chosen(p) for p in tree.named(params)})
+        labels = {p: bool(chosen(p)) for p in tree.named(params)}
+        if len(set(labels.values())) != 2:
+            which = "all" if all(labels.values()) else "none"
+            raise ValueError(f"chosen chooses {which} of {[*labels]}.")
+        return tree.with_named(params, labels)
 
     return optax.partition({True: optimizer, False: optax.set_to_zero()}, label)
 

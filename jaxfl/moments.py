@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from jaxfl.data.federated import ClientData
@@ -43,13 +45,15 @@ class Moments(NamedTuple):
           group: int `[...]`; None if there is one group.
 
         Returns:
-          float32 `[..., F]`.
+          float32 `[..., F]`, NaN for a group that is none of the G.
         """
         group = jnp.zeros(jnp.shape(x)[:-1], int) if group is None else group
         group = jnp.asarray(group)
+        known = (group >= 0) & (group < len(self.count))
         mean, std = self.mean[group], self.std[group]
         moves = std > 1e-6 * jnp.abs(mean)
-        return jnp.where(moves, (x - mean) / jnp.where(moves, std, 1), 0)
+        z = jnp.where(moves, (x - mean) / jnp.where(moves, std, 1), 0)
+        return jnp.where(known[..., None], z, jnp.nan)
 
 
 def moments(
@@ -89,8 +93,8 @@ def moments(
       A `Moments`.
 
     Raises:
-      ValueError: examples lack a key, features are not `[E, F]`, or num_groups is not
-        positive.
+      ValueError: examples lack a key, features are not `[E, F]`, num_groups is not
+        positive, or a row's group is none of them.
 
     >>> from jaxfl import from_arrays
     >>> rows = jnp.array([[1.0], [2.0], [6.0]])
@@ -109,22 +113,33 @@ def moments(
         raise ValueError(f"examples[{x!r}] must be [E, F], got shape {shape}.")
     if num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, got {num_groups}.")
+    if group is not None and not isinstance(data.examples[group], Tracer):
+        found = np.unique(data.examples[group])
+        if found.size and not 0 <= found[0] <= found[-1] < num_groups:
+            raise ValueError(
+                f"num_groups: {num_groups} groups are 0 to {num_groups - 1}, and "
+                f"examples[{group!r}] has {found[0]} to {found[-1]}."
+            )
 
-    def summed(sums_of):
-        """`sums_of(features [B, F], group [B])`, added over all clients' rows."""
+    def summed(sums_of, *known):
+        """`sums_of(features [B, F], group [B], belongs [B, G], *known)`, added over all
+        clients' rows."""
 
-        def client(data, i):
-            own, place = data[i], jnp.arange(max(1, data.longest))
+        def client(shared, i):
+            data, known = shared
+            own, place = data[jnp.minimum(i, n - 1)], jnp.arange(max(1, data.longest))
             rows = own.take(place)
             features = jnp.asarray(rows[x], jnp.float32)
             of = jnp.zeros(place.shape, int) if group is None else rows[group]
-            belongs = (of[:, None] == jnp.arange(num_groups)) & (place < own.size)[
-                :, None
-            ]
-            return sums_of(features, of, belongs), ()
+            real = (place < own.size) & (i < n)
+            belongs = (of[:, None] == jnp.arange(num_groups)) & real[:, None]
+            return sums_of(features, of, belongs, *known), ()
 
-        ids = jnp.arange(data.num_clients)
-        return map_clients(client, data, ids, chunk_size=chunk_size, mesh=mesh)[0]
+        # Ids beyond the last fill the last chunk of every device.
+        n, together = data.num_clients, (chunk_size or 1) * (mesh.size if mesh else 1)
+        ids = jnp.arange(-(-n // together) * together)
+        shared = data, known
+        return map_clients(client, shared, ids, chunk_size=chunk_size, mesh=mesh)[0]
 
     def per_group(values, belongs):
         # By where: what is beyond a client's rows may be NaN.
@@ -140,9 +155,9 @@ def moments(
     some = jnp.maximum(count, 1)[:, None]
     near = total / some
 
-    def deviations(v, of, belongs):
+    def deviations(v, of, belongs, near):
         d = v - near[of]
         return per_group(d, belongs), per_group(d**2, belongs)
 
-    off, square = (s / some for s in summed(deviations))
+    off, square = (s / some for s in summed(deviations, near))
     return Moments(count, near + off, jnp.sqrt(jnp.maximum(square - off**2, 0)))

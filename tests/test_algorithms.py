@@ -250,7 +250,7 @@ def test_recipes_over_fedavg():
     work = (loss, optax.sgd(RATE))
     close(run(jaxfl.fedavg(*work, optax.sgd(1.0, momentum=beta), steps=3), 4), m)
     close(run(jaxfl.fedavg(*work, optax.sgd(epsilon), steps=3), 4), reptile)
-    server = optax.chain(optax.sgd(1.0), fedopt.ema_of_params(decay))
+    server = optax.chain(optax.sgd(1.0), jaxfl.ema_of_params(decay))
     state = run(jaxfl.fedavg(*work, server, steps=3), 4)
     close(state, x)
     mean = optax.tree.get(state.server.algorithm.optimizer, "ema")
@@ -348,7 +348,7 @@ def test_at_their_neutral_setting_they_are_fedavg():
         (lambda: jaxfl.agnostic(loss, optax.sgd(0.1), 1.0, 0), "clients must be"),
         (lambda: fedopt.fedadam(0.1, tau=0.0), "tau must be positive"),
         (lambda: fedopt.fedyogi(0.1, beta_2=1.0), r"beta_2 must be in \[0, 1\)"),
-        (lambda: fedopt.ema_of_params(1.0), r"decay must be in \[0, 1\)"),
+        (lambda: jaxfl.ema_of_params(1.0), r"decay must be in \[0, 1\)"),
         (lambda: jaxfl.scaffold(loss, 0.1, epochs=1, steps=1), "epochs or steps"),
     ],
 )

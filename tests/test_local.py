@@ -292,3 +292,10 @@ def test_ragged_clients_have_forward_mode_only():
     np.testing.assert_allclose(slope, difference(final, 0.1), rtol=2e-2)
     with pytest.raises(ValueError, match="[Rr]everse-mode"):
         jax.grad(final)(0.1)
+
+
+@pytest.mark.parametrize("chosen", ["all", "none"])
+def test_only_refuses_to_choose(chosen):
+    optimizer = local.only(optax.sgd(1.0), lambda path: chosen == "all")
+    with pytest.raises(ValueError, match=f"chosen chooses {chosen} of"):
+        optimizer.init({"a": jnp.zeros(2), "b": jnp.zeros(2)})

@@ -1,5 +1,7 @@
 """Models of sequences, residual networks: sizes, NumPy, causality, vmap, dtypes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,7 +145,8 @@ def test_bfloat16_inside_float32_outside(model):
     assert value.dtype == jnp.float32 and value != want
     np.testing.assert_allclose(value, want, rtol=0.1)
     jaxpr = str(jax.make_jaxpr(lambda p: rough.apply(p, batch["x"]))(params))
-    assert "bf16" in jaxpr
+    products = re.findall(r":(\w+)\[[^\]]*\] = (?:dot_general|conv_general)", jaxpr)
+    assert products and set(products) == {"bf16"}
 
 
 def test_resnet_is_the_same_with_lax_conv():
@@ -193,3 +196,13 @@ def test_what_is_refused():
         models.from_linen(models.resnet18(), jnp.zeros((1, 8)))
     with pytest.raises(ValueError, match="longest is 9"):
         models.from_linen(models.transformer(longest=9), jnp.zeros((1, 10), jnp.int32))
+
+
+def test_a_number_that_is_no_token_is_not_passed_over():
+    params = jax.jit(lstm().init)(KEY)
+    x = batch_of(lstm)["x"]
+    good = lstm().apply(params, x)
+    for wrong in (-1, 10**6):
+        bad = lstm().apply(params, x.at[0, 0].set(wrong))
+        assert np.isnan(bad[0]).all() and np.isfinite(good).all()
+        np.testing.assert_array_equal(bad[1:], good[1:])

@@ -45,7 +45,7 @@ def fedavg(
     - FedBABU (Oh et al. 2022, arXiv:2106.06042), whose head nobody trains before
       the end: `fedavg(loss, local.only(optax.sgd(eta), is_body))`, and
       `evaluate.fine_tuned(loss, optax.sgd(eta))` to see how good it is then;
-    - a server that evaluates the mean of its models, see `fedopt.ema_of_params`.
+    - a server that evaluates the mean of its models, see `ema_of_params`.
 
     The running statistics of a model with batch normalisation (`local.Normalised`) are
     averaged as its parameters are; the server's optimiser is for the latter only.

@@ -91,8 +91,9 @@ def ema_of_params(decay: float | jax.Array) -> optax.GradientTransformation:
         ema_{t+1} = decay ema_t + (1 - decay) x_{t+1}
 
     Training goes on from x; `optax.tree.get(state.server.algorithm.optimizer, "ema")`
-    is the average, to be evaluated. (`optax.ema` averages the updates instead: that is
-    momentum.)
+    is the average, to be evaluated, in float32 at least. (`optax.ema` averages the
+    updates instead: that is momentum.) Running statistics of a `local.Normalised` lag
+    behind by a round, as the optimiser is not shown where they go.
 
     Args:
       decay: from 0 to less than 1; may be traced.
@@ -116,7 +117,11 @@ def ema_of_params(decay: float | jax.Array) -> optax.GradientTransformation:
     _require_share("decay", decay)
 
     def init(params):
-        return EmaOfParamsState(params)
+        return EmaOfParamsState(
+            jax.tree.map(
+                lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params
+            )
+        )
 
     def update(updates, state, params=None):
         if params is None:

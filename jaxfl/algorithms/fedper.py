@@ -92,7 +92,7 @@ def fedper(
         if not shared or not own:
             chosen = "none" if shared else "all"
             raise ValueError(f"private chooses {chosen} of {[*tree.named(params)]}.")
-        running = [p for p in shared if p.startswith("statistics/")]
+        running = [p for p in shared if p.split("/")[0] == "statistics"]
         if running and isinstance(params, local.Normalised) and not averages:
             raise ValueError(
                 f"server_optimizer: {running} are running statistics, which can be "

@@ -204,8 +204,10 @@ def _joined(tables: list[Table]) -> Table:
 
 def _first_rows(engine: Any) -> np.ndarray:
     engine = np.asarray(engine)
-    if engine.ndim != 1:
-        raise ValueError(f"engine had the shape {engine.shape}; it should be [E]")
+    if engine.ndim != 1 or not len(engine):
+        raise ValueError(
+            f"engine had the shape {engine.shape}; it should be [E], E > 0"
+        )
     first = np.flatnonzero(np.append(True, engine[1:] != engine[:-1]))
     if len(np.unique(engine[first])) != len(first):
         raise ValueError("engine: the rows of each engine should be together")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.serialization
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -251,6 +252,12 @@ def _numbers(key: str, values: Any) -> np.ndarray:
             f"{key} was of {array.dtype} and shape {array.shape}; it should be numbers "
             "[n, ...]. Of text, parse should make numbers."
         )
+    if array.dtype == np.int64 and not jax.config.read("jax_enable_x64"):
+        if (array != array.astype(np.int32)).any():
+            raise ValueError(
+                f"{key} has integers of more than 32 bits, which JAX would cut off; "
+                "parse should map them, or jax_enable_x64 be set."
+            )
     return array
 
 
@@ -263,7 +270,7 @@ def _dtype(parts: list[dict[str, np.ndarray]], key: str) -> np.dtype:
 def _narrow(array: np.ndarray) -> np.ndarray:
     """In 32 bits, which JAX computes in, the 64 of a format that has no other numbers.
 
-    Integers that need them keep their 64.
+    Integers that need them keep their 64, for `parse` to make something of.
     """
     if array.dtype == np.float64:
         return array.astype(np.float32)

@@ -71,8 +71,8 @@ def shakespeare(
       train, test = shakespeare("files")
       data = from_arrays(train["x"], train["y"], natural(train["role"]))
       model = models.from_linen(
-          models.char_lstm(VOCABULARY), train["x"][:1],
-          loss=models.token_cross_entropy(PAD), metrics=models.token_accuracy(PAD))
+          models.char_lstm(), train["x"][:1],
+          loss=models.token_cross_entropy(), metrics=models.token_accuracy())
       ```
 
     Reference: McMahan et al. 2017, arXiv:1602.05629, section 3; Caldas et al. 2018,

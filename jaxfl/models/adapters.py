@@ -388,33 +388,37 @@ def from_nnx(
 def _adapted(init, apply, own: bool, *, loss, metrics, preprocess, dtype) -> Model:
     """A `Model` of `key -> (params, statistics)` and `(params, statistics, x, key,
     mask) -> (outputs, statistics)`; `own` is whether there are statistics."""
-    options = {"metrics": metrics, "preprocess": preprocess, "dtype": dtype}
+    options = {"loss": loss, "metrics": metrics, "preprocess": preprocess}
     if not own:
         return from_function(
             lambda key: init(key)[0],
             lambda params, x, key: apply(params, {}, x, key, None)[0],
-            loss=loss,
+            dtype=dtype,
             **options,
         )
+
+    def outputs(params, statistics, x, key, mask):
+        if dtype is None:
+            return apply(params, statistics, x, key, mask)
+        params, x = _floats_to(dtype, (params, x))  # statistics stay as precise as ever
+        out, statistics = apply(params, statistics, x, key, mask)
+        return out.astype(jnp.float32), statistics
 
     def everywhere(x):
         return jnp.ones(len(x), bool)
 
     model = from_function(
         lambda key: local.Normalised(*init(key)),
-        lambda both, x, key: apply(*both, x, key, everywhere(x))[0],
-        loss=loss,
+        lambda both, x, key: outputs(
+            both.params, both.statistics, x, key, everywhere(x)
+        )[0],
         **options,
     )
 
     def losses(params, statistics, batch, mask, key):
         x = preprocess(batch["x"])
-        if dtype is not None:  # means and variances stay in full precision
-            params, x = _floats_to(dtype, (params, x))
-        outputs, statistics = apply(params, statistics, x, key, mask)
-        if dtype is not None:
-            outputs = outputs.astype(jnp.float32)
-        return loss(outputs, batch["y"]).astype(jnp.float32), statistics
+        out, statistics = outputs(params, statistics, x, key, mask)
+        return loss(out, batch["y"]).astype(jnp.float32), statistics
 
     return model._replace(loss=local.normalised(losses))
 

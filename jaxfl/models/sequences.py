@@ -45,20 +45,27 @@ def _remember(key, shape, dtype=jnp.float32):
     return jnp.repeat(jnp.array([0, 1, 0, 0], dtype), shape[0] // 4)
 
 
-def _embed(vocabulary: int, features: int, tokens: jax.Array, name: str) -> jax.Array:
-    """Rows of a table, by one-hot vectors: a lookup's gradient is a slow scatter."""
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(
-            f"x must be token numbers, int [B, T], got {tokens.dtype} "
-            f"{tokens.shape}. (uint8 is taken for an image's bytes.)"
-        )
-    dense = nn.Dense(
-        features,
-        use_bias=False,
-        kernel_init=nn.initializers.normal(features**-0.5),
-        name=name,
-    )
-    return dense(jax.nn.one_hot(tokens, vocabulary))
+class Embedding(nn.Module):
+    """Rows of a table, by one-hot vectors: a lookup's gradient is a slow scatter.
+
+    NaN for a number that is no token's, so that it is not passed over in silence.
+    """
+
+    vocabulary: int
+    features: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"x must be token numbers, int [B, T], got {tokens.dtype} "
+                f"{tokens.shape}. (uint8 is taken for an image's bytes.)"
+            )
+        init = nn.initializers.normal(self.features**-0.5)
+        table = self.param("kernel", init, (self.vocabulary, self.features))
+        known = (tokens >= 0) & (tokens < self.vocabulary)
+        rows = jax.nn.one_hot(tokens, self.vocabulary, dtype=table.dtype) @ table
+        return jnp.where(known[..., None], rows, jnp.nan)
 
 
 class CharLSTM(nn.Module):
@@ -71,7 +78,7 @@ class CharLSTM(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = _embed(self.vocabulary, self.embedding, x, "embedding")
+        x = Embedding(self.vocabulary, self.embedding, name="embedding")(x)
         for _ in range(self.layers):
             x = LSTM(self.hidden)(x)
         return nn.Dense(self.vocabulary)(x)
@@ -122,7 +129,7 @@ class Transformer(nn.Module):
         length = x.shape[1]
         if length > self.longest:
             raise ValueError(f"x has {length} tokens, longest is {self.longest}.")
-        x = _embed(self.vocabulary, self.width, x, "embedding")
+        x = Embedding(self.vocabulary, self.width, name="embedding")(x)
         places = self.param(
             "places", nn.initializers.normal(0.05), (self.longest, self.width)
         )

@@ -176,6 +176,25 @@ def test_moments_refuse():
         jaxfl.moments(data, "y")
     with pytest.raises(ValueError, match="num_groups"):
         jaxfl.moments(data, num_groups=0)
+    grouped = group({"x": np.zeros((2, 1)), "of": np.array([-1, 1])}, [0, 1])
+    with pytest.raises(ValueError, match=r"1 groups are 0 to 0, .* has -1 to 1"):
+        jaxfl.moments(grouped, "x", "of")
+
+
+def test_moments_over_devices_that_do_not_divide_the_clients():
+    x = np.arange(12.0, dtype=np.float32).reshape(6, 2) ** 2
+    data = from_arrays(x, x, [0, 0, 1, 2, 2, 2])
+    mesh = jaxfl.client_mesh(jax.devices()[:2])
+    for chunk_size in (None, 1, 2):
+        found = jaxfl.moments(data, chunk_size=chunk_size, mesh=mesh)
+        assert found.count.item() == 6
+        np.testing.assert_allclose(found.mean[0], x.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(found.std[0], x.std(0), rtol=1e-5)
+    unknown = found.standardize(x, np.full(6, 1))
+    assert (
+        np.isnan(unknown).all()
+        and np.isnan(found.standardize(x, -np.ones(6, int))).all()
+    )
 
 
 @needs_files
