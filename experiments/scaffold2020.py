@@ -151,7 +151,7 @@ def draw(config, table):
     styles = {
         "SGD": (common.BLACK, "--", ""),
         "SCAFFOLD": (common.BLUE, "-", "o"),
-        "FedAvg": (common.RED, "-", "s"),
+        "FedAvg": (common.RED, ":", "x"),  # where it is as SCAFFOLD, both are seen
         "FedProx": (common.ORANGE, "-", "^"),
     }
     for axes, share in zip(panels[0], config.shares, strict=True):
@@ -165,13 +165,12 @@ def draw(config, table):
             )
         axes.set_title(f"{100 * share:g} % drawn at random", fontsize=10)
         axes.set(xlabel="local epochs in a round", xscale="log", yscale="log")
-        axes.set_xticks(config.epochs, list(map(str, config.epochs)))
-        axes.minorticks_off()
     panels[0, 0].set_ylabel(f"rounds to {100 * config.target:g} % test accuracy")
     panels[0, -1].legend(frameon=False, fontsize=8)
+    common.tidy(*panels[0])
     for axes in panels[0]:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xticks(config.epochs, list(map(str, config.epochs)))
+        axes.minorticks_off()
     return figure
 
 
