@@ -5,21 +5,25 @@ not to try hard, and to remember.
 """
 
 import os
+import platform
 from importlib.util import find_spec
 from pathlib import Path
 
-# In the environment, which experiments and notebooks inherit, and before jax reads it.
+# In the environment, which other processes inherit, and before jax reads it.
 # The older emitter of fused loops compiles in a third of the time; what it compiles
-# takes a quarter longer to run. One piece a program: the tests keep all cores busy.
+# takes a quarter longer to run. One piece a program: the tests keep all cores busy. And
+# no fused multiply-add, or one program for the same numbers rounds where another does
+# not, by how it happens to be fused.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
     Path(__file__).parent.parent / ".pytest_cache" / "jax"
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-os.environ["XLA_FLAGS"] = (
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
+flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+if platform.machine() in ("x86_64", "AMD64"):
+    flags += " --xla_cpu_max_isa=AVX"
+os.environ["XLA_FLAGS"] = flags
 
 import jax
 import pytest

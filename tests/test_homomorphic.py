@@ -263,7 +263,7 @@ def test_payloads_are_of_floats():
 def test_a_mean_needs_a_sum():
     algorithm = jaxfl.fedavg(toy.loss, optax.sgd(0.1))
     jaxfl.federate(algorithm, mean(), homomorphic.total(CKKS))
-    with pytest.raises(ValueError, match="mean.*not linear, nor does it make one"):
+    with pytest.raises(ValueError, match="mean.*is not linear, nor does it make a sum"):
         jaxfl.federate(algorithm, mean(), jaxfl.median())
 
 
