@@ -20,10 +20,10 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
     Path(__file__).parent.parent / ".pytest_cache" / "jax"
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-if platform.machine() in ("x86_64", "AMD64"):
-    flags += " --xla_cpu_max_isa=AVX"
-os.environ["XLA_FLAGS"] = flags
+os.environ["XLA_FLAGS"] = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    + (" --xla_cpu_max_isa=AVX" if platform.machine() in ("x86_64", "AMD64") else "")
+)
 
 import jax
 import pytest
