@@ -137,7 +137,8 @@ def read_tff(
       path: the file, unpacked: what is downloaded is `.sqlite.lzma`.
       shapes: the features to read and the shape of one example's, as the file has them
         flat: `{"pixels": (28, 28), "label": ()}`. Integers become int32, or int64
-        where they are too large; floats float32; text arrays of bytes.
+        where they are too large, of which `parse` has to make something; floats
+        float32; text arrays of bytes.
       split: `split_name` of the examples to read, such as "train"; None for all.
       names: see `read_leaf`.
       parse: of one client, `{name: array} -> {name: [n, ...]}` of numbers.
