@@ -145,8 +145,10 @@ def test_the_servers_context_has_no_secret_key():
 def test_the_same_message_is_never_the_same_ciphertext(keys):
     x = np.zeros(10)
     (a,), (b,) = (homomorphic.encrypt(keys.public(), x).blocks for _ in range(2))
-    same = np.frombuffer(a[-128:], np.uint8) == np.frombuffer(b[-128:], np.uint8)
-    assert len(a) == len(b) and same.mean() < 0.1
+    # The middle half: both ends hold headers that every ciphertext has.
+    middle = slice(len(a) // 4, 3 * len(a) // 4)
+    same = np.frombuffer(a, np.uint8)[middle] == np.frombuffer(b, np.uint8)[middle]
+    assert len(a) == len(b) and same.mean() < 0.05
 
 
 # ---------------------------------------------------------------------- in a federation
