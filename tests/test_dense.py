@@ -23,9 +23,15 @@ def is_plain(x, w):
     )
 
 
+# Whose gradients are a sum of outer products, and which are turned.
+WIDE, NARROW = (10, 30, 64), (40, 30, 10)
+both = pytest.mark.parametrize("shape", [WIDE, NARROW], ids=["wide", "narrow"])
+
+
+@both
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-def test_the_product_and_its_gradients(dtype):
-    x, w, y = arrays(dtype=dtype)
+def test_the_product_and_its_gradients(dtype, shape):
+    x, w, y = arrays(*shape, dtype=dtype)
     assert not is_plain(x, w)
 
     def by(dot):
@@ -41,8 +47,9 @@ def test_the_product_and_its_gradients(dtype):
         )
 
 
-def test_forward_mode_and_second_derivatives():
-    x, w, y = arrays(3, 4)
+@pytest.mark.parametrize("columns", [64, 10], ids=["wide", "narrow"])
+def test_forward_mode_and_second_derivatives(columns):
+    x, w, y = arrays(3, 4, columns)
 
     def by(dot):
         def f(w):
@@ -56,8 +63,9 @@ def test_forward_mode_and_second_derivatives():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-4), got, want)
 
 
-def test_each_client_has_weights_of_its_own():
-    x, w, y = arrays()
+@both
+def test_each_client_has_weights_of_its_own(shape):
+    x, w, y = arrays(*shape)
     many = jnp.stack([w, 2 * w, -w])
 
     def gradient(dot, w):
@@ -68,8 +76,8 @@ def test_each_client_has_weights_of_its_own():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(17, 30, 64), (10, 30, 63)], ids=str)
-def test_large_batches_and_narrow_layers_are_plain(shape):
+@pytest.mark.parametrize("shape", [(17, 30, 64), (10, 30, 63), (10, 30, 17)], ids=str)
+def test_large_batches_and_layers_between_are_plain(shape):
     x, w, _ = arrays(*shape)
     assert is_plain(x, w)
     np.testing.assert_array_equal(fused_dot(x, w, MATMUL), x @ w)
