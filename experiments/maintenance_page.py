@@ -81,7 +81,8 @@ def _packed(strategy, times, seats):
         frames = np.frombuffer(base64.b64decode(strategy[key]), np.uint8)
         if frames.size != times * seats:
             raise ValueError(
-                f"{key} of {name!r} must be [{times}, {seats}], got {frames.size} bytes."
+                f"{key} of {name!r} must be [{times}, {seats}], "
+                f"got {frames.size} bytes."
             )
         # An engine in the air ages alike from frame to frame, so little is left.
         changes = np.diff(frames.reshape(times, seats), axis=0, prepend=np.uint8(0))
