@@ -320,6 +320,19 @@ def test_prices_change_who_wins(open_page, game):
     assert f"run to failure: ${total:.2f}".replace("$-", "\N{MINUS SIGN}$") in label
 
 
+def test_bands_are_drawn_at_the_stated_prices_only(open_page):
+    page = open_page()
+    race = page.locator("#race")
+    widen = "s => s.band.low = s.band.low.map((x, i) => i % 2 ? x : 0)"
+    for profit, drawn in ("250", True), ("251", False):
+        page.fill("#profit", profit)
+        before = picture(race)
+        page.evaluate(f"game.strategies.forEach({widen}); draw()")
+        assert (picture(race) != before) == drawn
+        page.reload()
+        page.wait_for_selector("main:not([aria-busy])")
+
+
 def test_play_advances_to_the_end(open_page, game):
     page = open_page()
     page.select_option("#speed", "10")
