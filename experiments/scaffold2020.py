@@ -62,8 +62,10 @@ PRESETS = {
         segment=5,
     ),
     "full": Settings(
-        *("full", (0.0, 0.1, 1.0), (1, 5, 10, 20), (0.003, 0.01, 0.03, 0.1, 0.3)),
-        *(500, 3),
+        *("full", (0.0, 0.1, 1.0), (1, 5, 10, 20), (0.01, 0.03, 0.1, 0.3, 1.0)),
+        *(200, 3),
+        target=0.885,
+        over=10,
     ),
 }
 
@@ -166,6 +168,7 @@ def draw(config, table):
         axes.set_title(f"{100 * share:g} % drawn at random", fontsize=10)
         axes.set(xlabel="local epochs in a round", xscale="log", yscale="log")
     panels[0, 0].set_ylabel(f"rounds to {100 * config.target:g} % test accuracy")
+    panels[0, 0].set_ylim(1, config.most)
     panels[0, -1].legend(frameon=False, fontsize=8)
     common.tidy(*panels[0])
     for axes in panels[0]:
