@@ -243,6 +243,7 @@ def main() -> None:
         return f"{100 * np.mean(runs):.1f}"
 
     common.print_table(
+        folder,
         f"MNIST ({config.data}), test accuracy in %; "
         f"{100 * summary['not private']:.1f} neither clipped nor noised",
         ("z", "epsilon", *(f"clip {n:g}" for n in norms), "adaptive"),
