@@ -88,8 +88,8 @@ def run(name: str, root: Path = ROOT) -> str | None:
     """
     folder = root / RUNS
     log = folder / f"{name}.log"
-    code = (*root.glob("jaxfl/**/*.py"), *root.glob("experiments/*.py"))
-    newest = max(path.stat().st_mtime for path in code)
+    code = {*root.glob("jaxfl/**/*.py"), *root.glob("experiments/*.py")}
+    newest = max(path.stat().st_mtime for path in code - {Path(__file__)})
     if log.exists() and log.stat().st_mtime > newest:
         return None
     folder.mkdir(parents=True, exist_ok=True)
@@ -271,8 +271,8 @@ def main() -> None:
     for whole in (ROOT / FIGURES).glob("*.png"):  # whose small figure nobody sees
         (ROOT / SMALL / whole.name).unlink(missing_ok=True)
 
-    found = [records(ROOT, folder) for folder in (FIGURES, SMALL)]
-    (ROOT / "GALLERY.md").write_text(page(purposes, *found, failed), "utf-8")
+    whole, small = records(ROOT, FIGURES), records(ROOT, SMALL)
+    (ROOT / "GALLERY.md").write_text(page(purposes, whole, small, failed), "utf-8")
     rich.print("GALLERY.md")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
