@@ -265,7 +265,9 @@ def main() -> None:
                 take(ROOT / RUNS / "results" / name, ROOT / SMALL)
             except (OSError, KeyError) as error:
                 why = f"left no record: {error!r}"
-        if why is not None:
+        if why is None:
+            rich.print(name)
+        else:
             failed[name] = why
             rich.print(f"{name} failed: {why} (see {RUNS / name}.log*)")
     for whole in (ROOT / FIGURES).glob("*.png"):  # whose small figure nobody sees
