@@ -165,7 +165,10 @@ def draw(config, every, epsilons, without, fixed_runs, adaptive_runs):
         xscale="log",
         ylim=(None, best + 2),
     )
-    left.legend(frameon=False, fontsize=8)
+    figure.legend(
+        *left.get_legend_handles_labels(),
+        **{"frameon": False, "fontsize": 8, "loc": "outside lower left", "ncols": 4},
+    )
     rounds = every * np.arange(1, adaptive_runs["norm"].shape[-1] + 1)
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(epsilons)))
     for z, runs, colour in zip(
