@@ -13,12 +13,13 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.t
 PYTEST_ARGS ?= -n logical --maxprocesses 4 --dist worksteal
 DEMO_ARGS ?= --preset ci --data embedded
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo gallery test lint format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo     the four label distributions on the MNIST subset in the package'
+	@echo 'make gallery  every experiment in small, and GALLERY.md from what they found'
 	@echo 'make test     every test, doctest and notebook'
 	@echo 'make lint     ruff and pyright'
 	@echo 'make format   let ruff mend what it can'
@@ -26,6 +27,9 @@ help:
 
 demo: $(VENV)/.experiments
 	$(PY) -m experiments.mnist_skews $(DEMO_ARGS)
+
+gallery: $(VENV)/.dev
+	$(PY) -m experiments.gallery
 
 test: $(VENV)/.dev
 	$(PY) -m pytest $(PYTEST_ARGS)

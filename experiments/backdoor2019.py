@@ -247,6 +247,7 @@ def main() -> None:
     )
     common.save_figure(folder, draw(config, accuracy), "backdoor2019")
     common.print_table(
+        folder,
         f"MNIST ({config.data}), round {config.rounds}: main / backdoor accuracy in % "
         "by the share of attackers",
         ("defence", *(f"{100 * share:g} %" for share in config.shares)),

@@ -8,6 +8,7 @@ there are stronger ones, under which a plain mean is lost.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
@@ -349,10 +350,10 @@ def main() -> None:
         ],
     )
     common.save_figure(folder, draw(config, accuracy), "byzantine")
-    report(config, accuracy)
+    report(folder, config, accuracy)
 
 
-def report(config: Settings, accuracy: dict[str, np.ndarray]) -> None:
+def report(folder: Path, config: Settings, accuracy: dict[str, np.ndarray]) -> None:
     def theirs(rule, name):
         if rule not in PUBLISHED or name not in PUBLISHED_ATTACKS:
             return ""
@@ -361,6 +362,7 @@ def report(config: Settings, accuracy: dict[str, np.ndarray]) -> None:
     for partition, grid in accuracy.items():
         beside = partition == "non-IID" and config.momentum == 0.9
         common.print_table(
+            folder,
             f"MNIST ({config.data}), {partition}, {config.model}, beta = "
             f"{config.momentum:g}, round {config.rounds}: test accuracy in %"
             + (" (published: CNN, round 300)" if beside else ""),

@@ -262,14 +262,6 @@ def main() -> None:
         for model, rows in results.items()
         for r in rows
     ]
-    common.print_table(
-        f"A round, median of {config.rounds}",
-        (
-            *("workload, cohort, plan", "s / round", "us / client step", "TFLOP/s"),
-            *("% of float32", "% of memory", "compile s"),
-        ),
-        rows,
-    )
     folder = common.results_folder("cohorts")
     points = (
         (model, r["cohort"], r["row"], r["seconds"])
@@ -286,6 +278,15 @@ def main() -> None:
             "rows": results,
             "settings": dataclasses.asdict(config),
         },
+    )
+    common.print_table(
+        folder,
+        f"A round, median of {config.rounds}",
+        (
+            *("workload, cohort, plan", "s / round", "us / client step", "TFLOP/s"),
+            *("% of float32", "% of memory", "compile s"),
+        ),
+        rows,
     )
 
 

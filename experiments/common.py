@@ -3,8 +3,10 @@
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,11 +23,18 @@ import jaxfl
 
 Settings = TypeVar("Settings")
 
+_STARTED = time.perf_counter()
+
 # Okabe and Ito's colours, told apart with any colour vision.
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73"),
     *("#F0E442", "#0072B2", "#D55E00", "#CC79A7"),
 )
+
+
+def program() -> str:
+    """`python -m experiments.NAME`, of this process."""
+    return f"python -m experiments.{Path(sys.argv[0]).stem}"
 
 
 def settings(presets: Mapping[str, Settings], description: str | None) -> Settings:
@@ -35,7 +44,7 @@ def settings(presets: Mapping[str, Settings], description: str | None) -> Settin
       presets: frozen dataclasses of one type, by the value of their field `preset`.
       description: of the experiment, for `--help`.
     """
-    prog = f"python -m experiments.{Path(sys.argv[0]).stem}"
+    prog = program()
     parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=presets, default=next(iter(presets)))
     preset = parser.parse_known_args()[0].preset
@@ -160,11 +169,30 @@ def results_folder(name: str, root: str = "results") -> Path:
 
 
 def save_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Writes `summary.json`, all of it or none."""
-    partial = folder / "summary.json.partial"
-    text = json.dumps(summary, indent=2, default=_plain, allow_nan=False)
-    partial.write_text(text + "\n")
-    os.replace(partial, folder / "summary.json")
+    """Writes `summary.json`, all of it or none, with how it came about.
+
+    To `summary` it adds `run`, the command, device and seconds since the start, and
+    `tables`, which `print_table` fills.
+    """
+    run = {"command": " ".join([program(), shlex.join(sys.argv[1:])]).strip()}
+    run |= {"device": device(), "seconds": round(time.perf_counter() - _STARTED, 1)}
+    write_json(folder / "summary.json", {**summary, "run": run, "tables": []})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """All of it or none."""
+    partial = path.with_name(f"{path.name}.partial")
+    text = json.dumps(value, indent=2, default=_plain, allow_nan=False)
+    partial.write_text(text + "\n", "utf-8")
+    os.replace(partial, path)
+
+
+def device() -> str:
+    """What jax computes on: `2 CPU cores`, `1 x NVIDIA H100`."""
+    devices = jax.devices()
+    if devices[0].platform == "cpu":  # which may be several devices of a core each
+        return f"{os.cpu_count()} CPU cores"
+    return f"{len(devices)} x {devices[0].device_kind}"
 
 
 def _plain(x):
@@ -206,13 +234,20 @@ def tidy(*all_axes: Any) -> None:
                 axis.set_minor_formatter(NullFormatter())
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
-    """A table on the terminal."""
+def print_table(
+    folder: Path, title: str, columns: Sequence[str], rows: Sequence[Sequence]
+) -> None:
+    """A table on the terminal, and in the summary that `save_summary` has written."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    summary["tables"].append({"title": title, "columns": columns, "rows": cells})
+    summary["run"]["seconds"] = round(time.perf_counter() - _STARTED, 1)
+    write_json(folder / "summary.json", summary)
     table = rich.table.Table(title=title)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*map(str, row))
+    for row in cells:
+        table.add_row(*row)
     console = rich.console.Console()
     if not console.is_terminal:  # a log has no width of its own
         console.width = 120

@@ -184,6 +184,7 @@ def main() -> None:
     common.save_history(folder, ("family", "bits", "round", "accuracy"), points)
     common.save_figure(folder, draw(config, runs), "compression2017")
     common.print_table(
+        folder,
         f"MNIST ({config.data}), {config.nodes} nodes, {config.rounds} rounds",
         ("update", "error", "accuracy %", "MB up"),
         [

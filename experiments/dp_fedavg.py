@@ -165,7 +165,10 @@ def draw(config, every, epsilons, without, fixed_runs, adaptive_runs):
         xscale="log",
         ylim=(None, best + 2),
     )
-    left.legend(frameon=False, fontsize=8, loc="center right")
+    figure.legend(
+        *left.get_legend_handles_labels(),
+        **{"frameon": False, "fontsize": 8, "loc": "outside lower left", "ncols": 4},
+    )
     rounds = every * np.arange(1, adaptive_runs["norm"].shape[-1] + 1)
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(epsilons)))
     for z, runs, colour in zip(
@@ -243,6 +246,7 @@ def main() -> None:
         return f"{100 * np.mean(runs):.1f}"
 
     common.print_table(
+        folder,
         f"MNIST ({config.data}), test accuracy in %; "
         f"{100 * summary['not private']:.1f} neither clipped nor noised",
         ("z", "epsilon", *(f"clip {n:g}" for n in norms), "adaptive"),

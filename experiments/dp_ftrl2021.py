@@ -210,6 +210,7 @@ def main() -> None:
     colours = {name: colour for name, (*_, colour) in known.items()}
     common.save_figure(folder, draw(config, rows, colours), "dp_ftrl2021")
     common.print_table(
+        folder,
         f"MNIST ({config.data}), {config.clients} clients, {rounds} rounds of "
         f"{config.cohort}, delta {config.delta:g}: test accuracy %",
         ("noise", *(f"epsilon {e:g}" for e in config.epsilons)),

@@ -138,6 +138,7 @@ def main() -> None:
     common.save_history(folder, columns, points)
     common.save_figure(folder, draw(config, runs), "error_feedback")
     common.print_table(
+        folder,
         f"MNIST ({config.data}), {config.model.upper()}, {config.rounds} rounds",
         ("sent", "accuracy %", "MB up"),
         [

@@ -503,6 +503,7 @@ def main() -> None:
             picture[f"{what}, z = {z:g}"] = arm, z, -1
     common.save_figure(folder, draw(config, real, runs, picture), "hitaj2017")
     common.print_table(
+        folder,
         f"MNIST ({config.data}): last samples that a classifier of "
         f"{100 * judge_accuracy:.1f} % test accuracy calls the target, in %",
         ("run", "z", "epsilon", "called", "distance", "diversity", "accuracy", "runs"),

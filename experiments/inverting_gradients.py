@@ -467,6 +467,7 @@ def main() -> None:
         return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
     common.print_table(
+        folder,
         f"MNIST ({config.data}), {config.victims} victims: median (10 to 90 %)",
         ("what the server sees", "PSNR, dB", "SSIM", "above 20 dB", "labels"),
         [

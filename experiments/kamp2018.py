@@ -297,6 +297,7 @@ def main() -> None:
     common.save_history(folder, columns, points)
     common.save_figure(folder, draw(config, rows), f"kamp2018_{config.model}")
     common.print_table(
+        folder,
         f"MNIST ({config.data}), {config.model.upper()}, {config.passes} passes",
         ("protocol", "cumulative loss", "accuracy %", "nodes' own", "messages", "MB"),
         [

@@ -222,25 +222,18 @@ def main() -> None:
         for name in config.models
         for mode in modes
     }
-    common.print_table(
-        f"{config.cohort:,} of {config.population:,} clients a round",
+    table = [
         (
-            *("model", "population", "rounds", "rounds / s", "peak GiB"),
-            *("KiB / round", "test accuracy"),
-        ),
-        [
-            (
-                name,
-                mode,
-                row["round"][-1],
-                f"{row['rounds_per_second']:.3g}",
-                f"{row['peak_bytes'] / 2**30:.2f}",
-                f"{row['bytes_per_round'] / 2**10:.1f}",
-                f"{row['accuracy']:.3f}",
-            )
-            for (name, mode), row in results.items()
-        ],
-    )
+            name,
+            mode,
+            row["round"][-1],
+            f"{row['rounds_per_second']:.3g}",
+            f"{row['peak_bytes'] / 2**30:.2f}",
+            f"{row['bytes_per_round'] / 2**10:.1f}",
+            f"{row['accuracy']:.3f}",
+        )
+        for (name, mode), row in results.items()
+    ]
     folder = common.results_folder("many_clients")
     figure = draw(results)
     points = [
@@ -258,6 +251,15 @@ def main() -> None:
     summary["settings"] = dataclasses.asdict(config)
     common.save_summary(folder, summary)
     common.save_figure(folder, figure, "many_clients")
+    common.print_table(
+        folder,
+        f"{config.cohort:,} of {config.population:,} clients a round",
+        (
+            *("model", "population", "rounds", "rounds / s", "peak GiB"),
+            *("KiB / round", "test accuracy"),
+        ),
+        table,
+    )
 
 
 if __name__ == "__main__":

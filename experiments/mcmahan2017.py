@@ -227,6 +227,7 @@ def main() -> None:
     common.save_history(folder, columns, points)
     common.save_figure(folder, draw(config, curves), f"mcmahan2017_{config.model}")
     common.print_table(
+        folder,
         f"{config.model.upper()}, {parameters:,} parameters, MNIST ({config.data}): "
         f"rounds to {100 * target:g} %",
         ("cell", "learning rate", "rounds", "paper"),

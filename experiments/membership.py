@@ -379,6 +379,7 @@ def main() -> None:
         return f"{values['auc']:.3f}", f"{values['0.1%']:.2%}", f"{values['1%']:.2%}"
 
     common.print_table(
+        folder,
         f"The last of {config.rounds} rounds: AUC, and TPR at an FPR of 0.1 % and 1 %",
         ("model", "accuracy", "threshold", "", "", "LiRA off", "", "", "on", "", ""),
         [
@@ -392,7 +393,7 @@ def main() -> None:
         for kind, values in row.items():
             seen.append((f"{kind} update, {at}", *cells(values)))
     columns = ("what is seen of the overfitted", "AUC", "TPR at 0.1 %", "at 1 %")
-    common.print_table("More than the last model", columns, seen)
+    common.print_table(folder, "More than the last model", columns, seen)
 
 
 if __name__ == "__main__":

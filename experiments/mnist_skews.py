@@ -198,7 +198,7 @@ def main() -> None:
     columns = ("case", "accuracy %", f"loss at round {at}")
     theirs = ("figure's accuracy", "figure's loss") if published else ()
     title = f"MNIST ({config.data}), {config.rounds} rounds, {config.seeds} seeds"
-    common.print_table(title, columns + theirs, rows)
+    common.print_table(folder, title, columns + theirs, rows)
 
 
 if __name__ == "__main__":

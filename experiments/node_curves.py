@@ -198,6 +198,7 @@ def main() -> None:
     common.save_history(folder, ("time", "curve", "loss"), points)
     common.save_figure(folder, draw(config, c), "node_curves")
     common.print_table(
+        folder,
         f"Loss on held-out digits after {config.rounds} rounds, bias {config.bias:g}",
         ("model", "loss"),
         [(name.replace("_", ", "), f"{value:.3f}") for name, value in final.items()],

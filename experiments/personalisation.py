@@ -357,6 +357,7 @@ def main() -> None:
     for partition, of_methods in table.items():
         measures = ("mean", "worst decile", "p10", "p50", "p90", "std")
         common.print_table(
+            folder,
             f"MNIST ({config.data}), {TITLES[partition]}: accuracy in % on each "
             f"client's own held-out digits, mean of {config.seeds} seeds",
             ("method", *measures, "chosen"),

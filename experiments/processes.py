@@ -97,11 +97,6 @@ def main() -> None:
             each += in_own_processes(config, processes)
     median = {n: float(np.median(each)) for n, each in seconds.items()}
     ratio = median[1] / median[2]
-    common.print_table(
-        f"{config.workload}: the median of {len(seconds[1])} rounds",
-        ("processes x 1 core", "s / round", "x"),
-        [(n, f"{s:.4f}", f"{median[1] / s:.2f}") for n, s in median.items()],
-    )
     folder = common.results_folder("processes")
     points = [(n, i, s) for n in seconds for i, s in enumerate(seconds[n], 1)]
     common.save_history(folder, ("processes", "round", "seconds"), points)
@@ -109,6 +104,12 @@ def main() -> None:
     summary |= {"settings": dataclasses.asdict(config)}
     common.save_summary(folder, summary)
     common.save_figure(folder, draw(seconds), "processes")
+    common.print_table(
+        folder,
+        f"{config.workload}: the median of {len(seconds[1])} rounds",
+        ("processes x 1 core", "s / round", "x"),
+        [(n, f"{s:.4f}", f"{median[1] / s:.2f}") for n, s in median.items()],
+    )
 
 
 if __name__ == "__main__":

@@ -268,6 +268,7 @@ def main() -> None:
     common.save_history(folder, columns, points)
     common.save_figure(folder, draw(config, curves), "reddi2021")
     common.print_table(
+        folder,
         f"Test accuracy in %, mean of the last {config.last} of {config.rounds} "
         "rounds, by the best rates. The paper has more data and rounds, larger models",
         ("task", "server", "here", "paper", "client rate", "server rate"),

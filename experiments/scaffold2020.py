@@ -243,6 +243,7 @@ def main() -> None:
         for epochs in config.epochs
     ]
     common.print_table(
+        folder,
         f"Rounds to {100 * config.target:g} % on MNIST ({config.data}), and how many "
         "times fewer than SGD; mean of "
         f"{config.seeds} seeds, by the best of {len(config.learning_rates)} rates",

@@ -206,6 +206,7 @@ def main() -> None:
     common.save_history(folder, list(rows[0]), [(*row.values(),) for row in rows])
     common.save_figure(folder, draw(config, rows), "secure_cost")
     common.print_table(
+        folder,
         "What a sum costs",
         (
             "method",

@@ -352,7 +352,14 @@ def measure_channels(config: Settings) -> None:
             seconds[channel].append(timed(lambda go=go, i=i: go(1 + i)))
     median = {channel: float(np.median(each)) for channel, each in seconds.items()}
     added = {c: median[c] / median["nothing"] - 1 for c in median}
+    folder = common.results_folder("speed_channels")
+    points = ((c, i, t) for c, each in seconds.items() for i, t in enumerate(each, 1))
+    common.save_history(folder, ("channel", "round", "seconds"), points)
+    summary = {"workload": name, "seconds": median, "added": added}
+    summary |= {"settings": dataclasses.asdict(config)}
+    common.save_summary(folder, summary)
     common.print_table(
+        folder,
         f"A round of {name}, median of {5 * config.rounds} in turns",
         ("channel", "s / round", "added %", "compile s"),
         [
@@ -360,10 +367,6 @@ def measure_channels(config: Settings) -> None:
             for c in median
         ],
     )
-    folder = common.results_folder("speed_channels")
-    points = ((c, i, t) for c, each in seconds.items() for i, t in enumerate(each, 1))
-    common.save_history(folder, ("channel", "round", "seconds"), points)
-    common.save_summary(folder, {"workload": name, "seconds": median, "added": added})
 
 
 def ratios(summary: dict) -> dict[str, float]:
@@ -458,17 +461,7 @@ def main() -> None:
         summary[name] = {"rows": results, "best_plan": best}
         if best and by_hand:
             summary[name]["speedup"] = min(by_hand) / ours[best]
-    common.print_table(
-        f"Seconds a round, median of up to {config.rounds} (* our best plan)",
-        (
-            *("workload", "s / round", "x best of a-c", "compile s"),
-            *("peak MiB", "GFLOP/s", "% of matmul"),
-        ),
-        rows,
-    )
     costs = ratios(summary)
-    for what, ratio in costs.items():
-        rich.print(f"{what}: {ratio:.2f}")
     folder = common.results_folder("speed")
     figure = draw(summary)
     points = [
@@ -482,6 +475,17 @@ def main() -> None:
     summary |= {"settings": dataclasses.asdict(config)}
     common.save_summary(folder, summary)
     common.save_figure(folder, figure, "speed")
+    common.print_table(
+        folder,
+        f"Seconds a round, median of up to {config.rounds} (* our best plan)",
+        (
+            *("workload", "s / round", "x best of a-c", "compile s"),
+            *("peak MiB", "GFLOP/s", "% of matmul"),
+        ),
+        rows,
+    )
+    for what, ratio in costs.items():
+        rich.print(f"{what}: {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -271,6 +271,7 @@ def main() -> None:
         return "not reached" if x is None else form.format(x)
 
     common.print_table(
+        folder,
         f"MNIST ({config.data}): virtual time to {100 * config.target:g} %; FedBuff's "
         "paper: 3.3 times faster than waiting",
         ("policy", "rounds", "minutes", "times faster", "accuracy at the end (%)"),
@@ -286,6 +287,7 @@ def main() -> None:
         ],
     )
     common.print_table(
+        folder,
         "30 % vanish, 5 % send NaN, 10 % are ten times slower",
         ("", "accuracy at the end (%)", *fate),
         [

@@ -148,17 +148,18 @@ def main() -> None:
                 f"{apart:.1e}",
             )
         )
-    common.print_table(
-        f"{total} runs of {config.rounds} rounds of {config.workload}",
-        ("", "seconds", "x one program", "compile s", "relative distance of models"),
-        rows,
-    )
     folder = common.results_folder("sweeps")
     common.save_history(
         *(folder, ("how", "seconds")), [(n, r["seconds"]) for n, r in summary.items()]
     )
     settings = dataclasses.asdict(config)
     common.save_summary(folder, {"runs": summary, "settings": settings})
+    common.print_table(
+        folder,
+        f"{total} runs of {config.rounds} rounds of {config.workload}",
+        ("", "seconds", "x one program", "compile s", "relative distance of models"),
+        rows,
+    )
 
 
 def _distance(ours, theirs) -> float:

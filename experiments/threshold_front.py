@@ -260,6 +260,7 @@ def main() -> None:
     common.save_figure(folder, draw(config, found), "threshold_front")
     plain = next(p for p in found if (p["rule"], p["codec"]) == ("always", "float32"))
     common.print_table(
+        folder,
         f"The front; always float32: {100 * plain['accuracy']:.2f} % for "
         f"{plain['megabytes']:.1f} MB",
         ("when", "what", "threshold", "sent", "MB up", "accuracy %"),

@@ -269,6 +269,7 @@ def main() -> None:
         return f"{x.mean():.{digits}f} ({x.std():.{digits}f})"
 
     common.print_table(
+        folder,
         f"{config.network}, mean (std) of {config.seeds} seeds; RMSE published, FD001: "
         f"{', '.join(f'{k} {v}' for k, v in PUBLISHED.items())}",
         ("nodes", "regime", "RMSE", "life capped", "score", "own subset"),

@@ -226,6 +226,7 @@ def run(config: Settings) -> None:
     )
     common.save_figure(folder, draw(config, runs), "turbofan")
     common.print_table(
+        folder,
         f"RMSE in cycles, mean (std) over {FOLDS * config.repetitions} splits",
         ("", "published", *(f"life to the {life} end" for life in runs)),
         [

@@ -19,6 +19,7 @@ from experiments import (
     baselines,
     cohorts,
     common,
+    gallery,
     mcmahan2017,
     mnist_skews,
     node_curves,
@@ -67,27 +68,37 @@ def results(folder, name, *arguments, figure=None):
         rows = list(csv.DictReader(file))
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["settings"]["preset"] == "ci"
+    made = summary.pop("run")
+    assert made["command"].startswith(f"python -m experiments.{name} --preset ci")
+    assert made["seconds"] > 0 and made["device"]
+    for table in summary.pop("tables"):
+        assert all(len(row) == len(table["columns"]) for row in table["rows"])
+        assert table["title"].split()[0] in done.stdout
     return summary, rows, done.stdout
 
 
 def test_every_experiment_is_tested_here():
     scripts = (ROOT / "experiments").glob("*.py")
     with_main = {p.stem for p in scripts if "__main__" in p.read_text("utf-8")}
-    assert with_main == {
-        *("mnist_skews", "node_curves", "mcmahan2017", "speed"),
-        *("cohorts", "sweeps"),
-        *("many_clients", "processes"),
-        *("kamp2018", "threshold_front", "compression2017", "error_feedback"),
-        "secure_cost",
-        *("dp_fedavg", "dp_ftrl2021"),
-        *("scaffold2020", "reddi2021"),
-        *("byzantine", "backdoor2019"),
-        *("inverting_gradients", "membership"),
-        "hitaj2017",
-        "stragglers",
-        "personalisation",
-        "turbofan",
-    }
+    assert (
+        with_main - {"gallery"}
+        == set(gallery.experiments())
+        == {
+            *("mnist_skews", "node_curves", "mcmahan2017", "speed"),
+            *("cohorts", "sweeps"),
+            *("many_clients", "processes"),
+            *("kamp2018", "threshold_front", "compression2017", "error_feedback"),
+            "secure_cost",
+            *("dp_fedavg", "dp_ftrl2021"),
+            *("scaffold2020", "reddi2021"),
+            *("byzantine", "backdoor2019"),
+            *("inverting_gradients", "membership"),
+            "hitaj2017",
+            "stragglers",
+            "personalisation",
+            "turbofan",
+        }
+    )
 
 
 # ------------------------------------------------------------- through the command line
