@@ -153,12 +153,14 @@ needs_files = pytest.mark.skipif(
 def test_turbofan(tmp_path):
     summary, rows, printed = results(tmp_path, "turbofan")
     found = summary["engines"]
-    assert set(found) == {"pooled", "fedavg", "isolated"}
+    assert set(found) == {"pooled", "fedadam", "isolated"}
     assert 0 < found["pooled"]["rmse_mean"] < found["isolated"]["rmse_mean"]
     assert all(
         run["capped_mean"] > 0 and run["rmse_std"] == 0 for run in found.values()
     )
-    assert len(rows) == 3 * 2  # looked at after every second round of 4
+    assert len(rows) == 3 * 2  # each looked at twice
+    passes = {row["regime"]: float(row["passes"]) for row in rows}
+    assert passes["pooled"] == passes["isolated"] == 4 < passes["fedadam"]
     assert {row["regime"] for row in rows} == set(found)
     assert "DCNN (Li et al. 2018) 12.6" in printed
 
