@@ -33,12 +33,12 @@ from jaxfl import data
 
 LABELS = {
     "corrective": "run to failure",
-    "preventive": "every so many cycles",
-    "isolated": "foretold by each airline's own model",
-    "federated": "foretold by the federated model",
-    "top_k": "federated, largest updates only",
+    "preventive": "fixed interval",
+    "isolated": "each airline's own model",
+    "federated": "federated model",
+    "top_k": "federated, compressed",
     "dp": "federated, private",
-    "pooled": "foretold by a model of all data",
+    "pooled": "model of all data",
 }
 COLOURS = {
     "corrective": common.BLACK,
@@ -50,6 +50,8 @@ COLOURS = {
     "pooled": common.BLUE,
 }
 SLOTS = 4
+STRATEGIES = ("corrective", "preventive", "isolated", "federated", "pooled")
+CHANNELS = ("none", "top_k", "dp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +65,7 @@ class Settings:
     """A fifth is played with; four of the others are each airline's to train on."""
     cycles: int
     """How long the fleet is flown."""
-    strategies: tuple[str, ...] = (
-        *("corrective", "preventive", "isolated", "federated", "pooled"),
-    )
+    strategies: tuple[str, ...] = STRATEGIES
     """`corrective`, `preventive`, `isolated`, `federated`, `pooled`."""
     channels: tuple[str, ...] = ("none",)
     """What federated updates pass, each a run: `none`; `top_k`, the largest of each,
@@ -159,8 +159,7 @@ def frame(slots: maintenance_fleet.Slots) -> dict[str, jax.Array]:
 def one_game(config, strategy, model, channel, engines, airlines, key):
     """One strategy and one seed; frames, and the megabytes that were sent."""
     init_key, run_key, sequence_key = jax.random.split(key, 3)
-    number = len(engines.life) // (maintenance_models.PER_AIRLINE + 1)
-    nodes = number * (maintenance_models.PER_AIRLINE) // SLOTS
+    nodes = len(engines.life) // 5  # four engines each to train on, a fifth played
     length = maintenance_fleet.longest_sequence(config.prices, config.cycles)
     sequence = maintenance_fleet.sequences(
         sequence_key, airlines.played, (nodes, SLOTS), length
@@ -170,9 +169,7 @@ def one_game(config, strategy, model, channel, engines, airlines, key):
     own = strategy == "isolated"
 
     if learns:
-        teller = maintenance_models.foreteller_of(
-            config, model, engines, airlines.rows
-        )
+        teller = maintenance_models.foreteller_of(config, model, engines, airlines.rows)
         federation = maintenance_models.federation_of(
             config, strategy, channel, teller.loss
         )
@@ -271,3 +268,243 @@ def games_of(config) -> dict[str, dict[str, np.ndarray]]:
                 jax.jit(jax.vmap(run, in_axes=(None, axes, 0)))(engines, airlines, keys)
             )
     return found
+
+
+def per_hour(config, counts: np.ndarray, prices: Prices | None = None) -> np.ndarray:
+    """Dollars per engine-hour since the start, `[seeds, T, knobs]`, of such counts."""
+    hours = config.every * np.arange(1, counts.shape[1] + 1)
+    slots = SLOTS * (config.engines // 5)
+    earned = maintenance_fleet.money(prices or config.prices, counts)
+    return earned / (slots * hours)[:, None]
+
+
+def game_of(config, games: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """One seed's game as plain numbers and text, for a page that plays it.
+
+    Args:
+      config: settings.
+      games: see `games_of`.
+      seed: whose fleet; bands are of all seeds.
+    """
+
+    def text(x):
+        return base64.b64encode(np.asarray(x, np.uint8).tobytes()).decode("ascii")
+
+    def strategy(name, game):
+        counts, earned = game["counts"], per_hour(config, game["counts"])[..., 0]
+        mean, std = earned.mean(0), earned.std(0)
+        names = ("flown", "maintained", "failed")
+        return {
+            "name": name,
+            "label": LABELS[name],
+            **dict(zip(names, counts[seed, :, 0].T.tolist(), strict=True)),
+            "band": {"low": (mean - std).tolist(), "high": (mean + std).tolist()},
+            "state": text(game["state"][seed]),
+            "age": text(game["age"][seed]),
+        }
+
+    return {
+        "title": f"{config.engines // 5} airlines of {SLOTS} aircraft",
+        "prices": dataclasses.asdict(config.prices),
+        "times": list(range(config.every, config.cycles + 1, config.every)),
+        "strategies": [strategy(name, game) for name, game in games.items()],
+        "nodes": config.engines // 5,
+        "slots": SLOTS,
+    }
+
+
+def by_prices(config, games, failure: Any, maintenance: Any) -> dict[str, np.ndarray]:
+    """Dollars per engine-hour at the end under other prices, from the counts alone.
+
+    Args:
+      config: settings; what takes how long is as it was flown.
+      games: see `games_of`.
+      failure, maintenance: `[F]` and `[M]`, in dollars.
+
+    Returns:
+      `[seeds, F, M]` of every strategy, with the one of its intervals or thresholds
+      that is best at each price.
+    """
+    hours, found = SLOTS * (config.engines // 5) * config.cycles, {}
+    for name, game in games.items():
+        last = np.asarray(game["counts"][:, -1, ..., None, None], float)
+        flown, maintained, failed = np.moveaxis(last, 2, 0)
+        earned = (
+            config.prices.profit * flown
+            - np.asarray(maintenance) * maintained
+            - np.asarray(failure)[:, None] * failed
+        ) / hours
+        best = earned.mean(0).argmax(0)
+        found[name] = np.take_along_axis(earned, best[None, None], 1)[:, 0]
+    return found
+
+
+def rivals(games) -> list[str]:
+    """Strategies without a federated model, and that nobody has to be trusted for."""
+    return [n for n in games if n in ("corrective", "preventive", "isolated")]
+
+
+def draw(config, games):
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(15, 4.4), layout="constrained"
+    )
+    times = config.every * np.arange(1, 1 + config.cycles // config.every)
+    low = []
+    for name, game in games.items():
+        earned, colour = per_hour(config, game["counts"]), COLOURS[name]
+        mean, std = earned[..., 0].mean(0), earned[..., 0].std(0)
+        left.plot(times, mean, color=colour, label=LABELS[name])
+        left.fill_between(
+            *(times, mean - std, mean + std), color=colour, alpha=0.2, lw=0
+        )
+        low.append((mean - std)[len(times) // 5 :].min())
+        last, stated = earned[:, -1].mean(0), np.array(knobs(config, name))
+        order = np.argsort(stated)
+        if name in ("corrective", "preventive"):
+            best = last.argmax()
+            label = name if name == "corrective" else f"every {stated[best]} cycles"
+            middle.axhline(last[best], color=colour, ls="--", label=label)
+        else:
+            middle.plot(
+                stated[order], last[order], color=colour, marker="o", label=name
+            )
+    left.set(
+        xlabel="time (cycles)",
+        ylabel="earned since the start\n(dollars per engine-hour)",
+        ylim=(min(0, *low) - 10, config.prices.profit),
+        title=f"mean and deviation of {config.seeds} seeds",
+    )
+    left.legend(frameon=False, fontsize=8, ncols=2)
+    middle.set(
+        xlabel="serviced when fewer cycles than that are foretold",
+        ylabel="earned by the end\n(dollars per engine-hour)",
+        title="other thresholds; the best interval",
+    )
+    middle.legend(frameon=False, fontsize=8)
+
+    failure, maintenance = np.geomspace(5e3, 5e5, 81), np.geomspace(1e3, 1e5, 81)
+    earned = {
+        name: each.mean(0)
+        for name, each in by_prices(config, games, failure, maintenance).items()
+    }
+    names = [*rivals(games), *(n for n in ("federated",) if n in games)]
+    winner = np.argmax([earned[name] for name in names], 0)
+    colours = ListedColormap([COLOURS[name] for name in names])
+    right.pcolormesh(
+        *(failure, maintenance, winner.T),
+        cmap=colours,
+        vmin=-0.5,
+        vmax=len(names) - 0.5,
+        alpha=0.35,
+        linewidth=0,
+        rasterized=True,
+    )
+    if "federated" in games and rivals(games):
+        gain = earned["federated"] - np.max([earned[n] for n in rivals(games)], 0)
+        lines = right.contour(
+            *(failure, maintenance, gain.T), colors="black", linewidths=0.8
+        )
+        right.clabel(lines, fmt="%g", fontsize=7)
+    right.plot(
+        *(config.prices.failure, config.prices.maintenance),
+        marker="*",
+        ms=11,
+        color="black",
+        ls="",
+    )
+    right.set(
+        xscale="log",
+        yscale="log",
+        xlabel="price of a failure (dollars)",
+        ylabel="price of servicing (dollars)",
+        title="who earns most, each at its best; lines: what the\n"
+        "federated earns more than the best other; star: as stated",
+    )
+    seen = [Patch(color=COLOURS[n], alpha=0.35, label=n) for n in names]
+    right.legend(handles=seen, fontsize=8, loc="lower right")
+    common.tidy(left, middle)
+    return figure
+
+
+def main() -> None:
+    config = common.settings(PRESETS, __doc__)
+    common.check_known((config.strategies, STRATEGIES), (config.channels, CHANNELS))
+    if config.period % config.every or config.cycles % config.period:
+        sys.exit("--every must divide --period, and that --cycles")
+    games = games_of(config)
+    earned = {name: per_hour(config, game["counts"]) for name, game in games.items()}
+    hours = SLOTS * (config.engines // 5) * config.cycles
+
+    folder = common.results_folder("maintenance")
+    summary = {
+        name: {
+            "dollars": earned[name][:, -1, 0].mean(),
+            "std": earned[name][:, -1, 0].std(),
+            "each": earned[name][:, -1, 0],
+            "per 1000 hours": dict(
+                zip(
+                    ("flown", "maintained", "failed"),
+                    1000 * game["counts"][:, -1, 0].mean(0) / hours,
+                    strict=True,
+                )
+            ),
+            "by interval or threshold": dict(
+                zip(
+                    map(str, knobs(config, name)),
+                    earned[name][:, -1].mean(0),
+                    strict=True,
+                )
+            ),
+            "megabytes": game["megabytes"].mean(),
+        }
+        for name, game in games.items()
+    }
+    common.save_summary(folder, summary | {"settings": dataclasses.asdict(config)})
+    common.save_history(
+        folder,
+        ("strategy", "at", "seed", "cycle", "flown", "maintained", "failed", "dollars"),
+        [
+            (name, knob, seed, config.every * (t + 1), *game["counts"][seed, t, k])
+            + (earned[name][seed, t, k],)
+            for name, game in games.items()
+            for k, knob in enumerate(knobs(config, name))
+            for seed in range(config.seeds)
+            # The stated one at all times, others at the end.
+            for t in range(earned[name].shape[1])[
+                slice(None) if k == 0 else slice(-1, None)
+            ]
+        ],
+    )
+    with open(folder / "game.json", "w", encoding="utf-8") as file:
+        json.dump(game_of(config, games), file)
+    common.save_figure(folder, draw(config, games), "maintenance")
+
+    def row(name):
+        of, at = earned[name][:, -1], knobs(config, name)
+        best = of.mean(0).argmax()
+        flown, maintained, failed = summary[name]["per 1000 hours"].values()
+        return (
+            LABELS[name],
+            f"{of[:, 0].mean():.1f} ({of[:, 0].std():.1f})",
+            f"{flown / 10:.1f} %",
+            f"{maintained:.2f}",
+            f"{failed:.2f}",
+            "" if name == "corrective" else f"{of[:, best].mean():.1f} at {at[best]:g}",
+            f"{summary[name]['megabytes']:.3g}",
+        )
+
+    common.print_table(
+        f"{config.engines // 5} airlines of {SLOTS} aircraft, {config.cycles} cycles, "
+        f"{config.seeds} seeds; {config.network}, life to the {config.life} end; "
+        "dollars per engine-hour (deviation); events per 1000 engine-hours",
+        ("strategy", "dollars", "in the air", "serviced", "failed", "best", "MB sent"),
+        [row(name) for name in games],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -73,8 +73,8 @@ class Slots(NamedTuple):
 
 
 Watch = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-"""`(engine, cycle) -> (due, soon)`: which engines to service now, and which are foretold
-to fail soon, of engines that have flown so many cycles."""
+"""`(engine, cycle) -> (due, soon)`: of engines that have flown so many cycles, which are
+to be serviced now, and which are foretold to fail soon."""
 
 
 def start(*shape: int) -> Slots:

@@ -203,9 +203,6 @@ def channel_of(config, name: str, airlines: int) -> jaxfl.Channel:
     return jaxfl.mean()
 
 
-CHANNELS = ("none", "top_k", "dp")
-
-
 def federation_of(
     config, regime: str, channel: jaxfl.Channel, loss: Callable
 ) -> jaxfl.Federation:
