@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jaxfl
 from experiments import common, maintenance_fleet, maintenance_models
 from experiments.maintenance_fleet import Prices
 from jaxfl import data
@@ -165,51 +164,24 @@ def one_game(config, strategy, model, channel, engines, airlines, key):
         sequence_key, airlines.played, (nodes, SLOTS), length
     )
     knob = jnp.asarray(knobs(config, strategy))[:, None, None]
-    learns = strategy not in ("corrective", "preventive")
-    own = strategy == "isolated"
-
-    if learns:
-        teller = maintenance_models.foreteller_of(config, model, engines, airlines.rows)
-        federation = maintenance_models.federation_of(
-            config, strategy, channel, teller.loss
-        )
-        state = federation.init(model.init(init_key), airlines.rows)
+    if strategy in ("corrective", "preventive"):
+        watcher = maintenance_models.steady(knob)
     else:
-        teller = federation = state = None
-
-    def learn(state, cycle):
-        if not learns:
-            return state, jnp.float32(0)
-        state, (info, _) = jaxfl.scan_rounds(
-            federation, state, airlines.at(cycle), rounds=1, key=run_key
+        foreteller = maintenance_models.foreteller_of(
+            config, model, engines, airlines.rows
         )
-        return state, jnp.sum(info.bits_up)
-
-    def watch_of(state, cycle):
-        if not learns:
-            return maintenance_fleet.after_flights(knob)
-        params = state.clients.algorithm if own else state.params
-
-        def left(engine, flown):
-            row = engines.first[engine] + jnp.maximum(flown - 1, 0)
-            window = engines.window[row]
-            if own:
-                of_nodes = jax.vmap(teller.left, (0, 1), 1)
-                return of_nodes(params, window)
-            return teller.left(params, window)
-
-        known = airlines.at(cycle - config.warm_up * config.period).size > 0
-        ready = known[:, None] if own else jnp.any(known)
-        return maintenance_fleet.once(
-            ready,
-            maintenance_fleet.when_foretold(left, knob),
-            maintenance_fleet.after_flights(config.prices.interval),
+        federation = maintenance_models.federation_of(
+            config, strategy, channel, foreteller.loss
+        )
+        keys = init_key, run_key
+        watcher = maintenance_models.learner(
+            config, federation, foreteller, engines, airlines, knob, keys
         )
 
     def period(carry, cycle):
         state, slots = carry
-        state, bits = learn(state, cycle)
-        watch = watch_of(state, cycle)
+        state, bits = watcher.learn(state, cycle)
+        watch = watcher.watch(state, cycle)
 
         def cycles(slots, _):
             step = functools.partial(
@@ -225,7 +197,7 @@ def one_game(config, strategy, model, channel, engines, airlines, key):
 
     slots = maintenance_fleet.start(len(knob), nodes, SLOTS)
     starts = jnp.arange(0, config.cycles, config.period)
-    _, (frames, bits) = jax.lax.scan(period, (state, slots), starts)
+    _, (frames, bits) = jax.lax.scan(period, (watcher.state, slots), starts)
     frames = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), frames)
     return frames | {"megabytes": jnp.sum(bits) / 8e6}
 
@@ -378,7 +350,7 @@ def draw(config, games):
         ylim=(min(0, *low) - 10, config.prices.profit),
         title=f"mean and deviation of {config.seeds} seeds",
     )
-    left.legend(frameon=False, fontsize=8, ncols=2)
+    left.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
     middle.set(
         xlabel="serviced when fewer cycles than that are foretold",
         ylabel="earned by the end\n(dollars per engine-hour)",
@@ -421,11 +393,11 @@ def draw(config, games):
         yscale="log",
         xlabel="price of a failure (dollars)",
         ylabel="price of servicing (dollars)",
-        title="who earns most, each at its best; lines: what the\n"
-        "federated earns more than the best other; star: as stated",
+        title="who earns most, each at its best (lines: dollars by\n"
+        "which the federated leads; star: the stated prices)",
     )
     seen = [Patch(color=COLOURS[n], alpha=0.35, label=n) for n in names]
-    right.legend(handles=seen, fontsize=8, loc="lower right")
+    right.legend(handles=seen, fontsize=8, loc="lower left")
     common.tidy(left, middle)
     return figure
 

@@ -73,8 +73,8 @@ class Slots(NamedTuple):
 
 
 Watch = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-"""`(engine, cycle) -> (due, soon)`: of engines that have flown so many cycles, which are
-to be serviced now, and which are foretold to fail soon."""
+"""`(engine, cycle) -> (due, soon)`: of engines that have flown so many cycles, which
+are to be serviced now, and which are foretold to fail soon."""
 
 
 def start(*shape: int) -> Slots:
@@ -183,7 +183,12 @@ def once(ready: jax.Array, then: Watch, before: Watch) -> Watch:
     """
 
     def watch(engine, cycle):
-        pairs = zip(then(engine, cycle), before(engine, cycle), strict=True)
-        return tuple(jnp.where(ready, one, other) for one, other in pairs)
+        (due, soon), (due_before, soon_before) = (
+            of(engine, cycle) for of in (then, before)
+        )
+        return (
+            jnp.where(ready, due, due_before),
+            jnp.where(ready, soon, soon_before),
+        )
 
     return watch

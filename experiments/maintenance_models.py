@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 import jaxfl
-from experiments import turbofan_models, turbofan_tycoon
+from experiments import maintenance_fleet, turbofan_models, turbofan_tycoon
 from jaxfl import accounting, compress, data, models, privacy
 
 SUBSETS = ("FD001", "FD003")
@@ -221,3 +221,76 @@ def federation_of(
     else:
         algorithm = jaxfl.fedavg(loss, sgd, **work)
     return jaxfl.federate(algorithm, channel, chunk_size=1)
+
+
+class Watcher(NamedTuple):
+    """Who says which engines are to be serviced, and learns between.
+
+    Attributes:
+      state: where it starts.
+      learn: `(state, cycle) -> (state, bits)`, from what is known by that cycle; and
+        what was sent for it.
+      watch: `(state, cycle) -> Watch`.
+    """
+
+    state: Any
+    learn: Callable
+    watch: Callable[[Any, jax.Array], maintenance_fleet.Watch]
+
+
+def steady(flights: jax.Array) -> Watcher:
+    """Services engines after so many flights, and learns nothing."""
+    return Watcher(
+        (),
+        lambda state, cycle: (state, jnp.float32(0)),
+        lambda state, cycle: maintenance_fleet.after_flights(flights),
+    )
+
+
+def learner(
+    config,
+    federation: jaxfl.Federation,
+    foreteller: Foreteller,
+    engines: Engines,
+    airlines: Airlines,
+    threshold: jax.Array,
+    keys: tuple[jax.Array, jax.Array],
+) -> Watcher:
+    """Services engines that a model foretells to fail soon; a round is how it learns.
+
+    Until a node's model has learnt for a while from rows (the federated one from
+    anybody's), engines are serviced as by preventive maintenance.
+
+    Args:
+      config: settings.
+      federation: whose clients keep models of their own, or whose model is for all.
+      foreteller, engines, airlines: of one seed.
+      threshold: in cycles, of a shape that broadcasts with `[..., nodes, slots]`.
+      keys: of the initial weights, and of the run.
+    """
+    state = federation.init(foreteller.model.init(keys[0]), airlines.rows)
+    own = bool(jax.tree.leaves(state.clients.algorithm))
+
+    def learn(state, cycle):
+        state, (info, _) = jaxfl.scan_rounds(
+            federation, state, airlines.at(cycle), rounds=1, key=keys[1]
+        )
+        return state, jnp.sum(info.bits_up)
+
+    def watch(state, cycle):
+        def left(engine, flown):
+            flight = engines.first[engine] + jnp.maximum(flown - 1, 0)
+            window = engines.window[flight]  # [..., nodes, slots, W]
+            if not own:
+                return foreteller.left(state.params, window)
+            of_nodes = jax.vmap(foreteller.left, (0, -3), -2)
+            return of_nodes(state.clients.algorithm, window)
+
+        known = airlines.at(cycle - config.warm_up * config.period).size > 0
+        return maintenance_fleet.once(
+            known[:, None] if own else jnp.any(known),
+            maintenance_fleet.when_foretold(left, threshold),
+            maintenance_fleet.after_flights(config.prices.interval),
+        )
+
+    return Watcher(state, learn, watch)
