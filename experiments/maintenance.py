@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jaxfl
 from experiments import common, maintenance_fleet, maintenance_models
 from experiments.maintenance_fleet import Prices
 from jaxfl import data
@@ -155,27 +156,20 @@ def frame(slots: maintenance_fleet.Slots) -> dict[str, jax.Array]:
     }
 
 
-def one_game(config, strategy, model, channel, engines, airlines, key):
+def one_game(
+    config, strategy, model, channel, engines, airlines, moments, sequence, key
+):
     """One strategy and one seed; frames, and the megabytes that were sent."""
-    init_key, run_key, sequence_key = jax.random.split(key, 3)
-    nodes = len(engines.life) // 5  # four engines each to train on, a fifth played
-    length = maintenance_fleet.longest_sequence(config.prices, config.cycles)
-    sequence = maintenance_fleet.sequences(
-        sequence_key, airlines.played, (nodes, SLOTS), length
-    )
     knob = jnp.asarray(knobs(config, strategy))[:, None, None]
     if strategy in ("corrective", "preventive"):
         watcher = maintenance_models.steady(knob)
     else:
-        foreteller = maintenance_models.foreteller_of(
-            config, model, engines, airlines.rows
-        )
+        foreteller = maintenance_models.foreteller_of(config, model, engines, moments)
         federation = maintenance_models.federation_of(
             config, strategy, channel, foreteller.loss
         )
-        keys = init_key, run_key
         watcher = maintenance_models.learner(
-            config, federation, foreteller, engines, airlines, knob, keys
+            config, federation, foreteller, engines, airlines, knob, key
         )
 
     def period(carry, cycle):
@@ -195,7 +189,7 @@ def one_game(config, strategy, model, channel, engines, airlines, key):
         )
         return (state, slots), (frames, bits)
 
-    slots = maintenance_fleet.start(len(knob), nodes, SLOTS)
+    slots = maintenance_fleet.start(len(knob), *sequence.shape[:-1])
     starts = jnp.arange(0, config.cycles, config.period)
     _, (frames, bits) = jax.lax.scan(period, (watcher.state, slots), starts)
     frames = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), frames)
@@ -216,29 +210,46 @@ def games_of(config) -> dict[str, dict[str, np.ndarray]]:
         "window": engines.window,
         "left": engines.row[:, -1],
     }
-    keys = jax.random.split(jax.random.key(0), config.seeds)
-    found = {}
-    for strategy in config.strategies:
+
+    def airlines_of(together):
         each = [
-            maintenance_models.airlines_of(
-                *(config, engines, examples, seed), strategy == "pooled"
-            )
+            maintenance_models.airlines_of(config, engines, examples, seed, together)
             for seed in range(config.seeds)
         ]
-        rows = data.stack([airlines.rows for airlines in each])
-        airlines = maintenance_models.Airlines(
-            rows,
-            jnp.stack([airlines.known for airlines in each]),
-            jnp.stack([airlines.played for airlines in each]),
+        rows, known, played = zip(*each, strict=True)
+        return maintenance_models.Airlines(
+            data.stack(rows), jnp.stack(known), jnp.stack(played)
         )
-        axes = maintenance_models.Airlines(data.stack_axes(rows), 0, 0)
+
+    def axes(airlines):
+        return maintenance_models.Airlines(data.stack_axes(airlines.rows), 0, 0)
+
+    nodes = config.engines // 5  # four engines each to train on, a fifth played
+    keys = jax.random.split(jax.random.key(0), (2, config.seeds))
+    apart, pooled = airlines_of(False), airlines_of(True)
+    moments = jax.jit(
+        jax.vmap(
+            functools.partial(jaxfl.moments, x="row", chunk_size=1),
+            in_axes=(data.stack_axes(apart.rows),),
+        )
+    )(apart.rows)
+    sequences = jax.vmap(
+        functools.partial(
+            maintenance_fleet.sequences,
+            shape=(nodes, SLOTS),
+            length=maintenance_fleet.longest_sequence(config.prices, config.cycles),
+        )
+    )(keys[0], apart.played)
+    found = {}
+    for strategy in config.strategies:
+        airlines = pooled if strategy == "pooled" else apart
         for channel in config.channels if strategy == "federated" else ("none",):
-            passes = maintenance_models.channel_of(config, channel, len(each[0].rows))
+            passes = maintenance_models.channel_of(config, channel, nodes)
             run = functools.partial(one_game, config, strategy, model, passes)
+            run = jax.jit(jax.vmap(run, in_axes=(None, axes(airlines), 0, 0, 0)))
             name = strategy if channel == "none" else channel
-            found[name] = jax.device_get(
-                jax.jit(jax.vmap(run, in_axes=(None, axes, 0)))(engines, airlines, keys)
-            )
+            frames = run(engines, airlines, moments, sequences, keys[1])
+            found[name] = jax.device_get(frames)
     return found
 
 

@@ -157,9 +157,10 @@ class Foreteller(NamedTuple):
         return (self.origin + self.unit * outputs).reshape(window.shape[:-1])
 
 
-def foreteller_of(config, model: models.Model, engines: Engines, rows) -> Foreteller:
-    """That of one seed: standardised by the training engines of its airlines."""
-    moments = jaxfl.moments(rows, "row", chunk_size=1)
+def foreteller_of(
+    config, model: models.Model, engines: Engines, moments: jaxfl.Moments
+) -> Foreteller:
+    """That of one seed, whose airlines' rows have these moments."""
     inputs = moments.standardize(engines.row)[:, :-1]
     if config.network == "tycoon":
         life = moments.mean[0, -1], moments.std[0, -1], jnp.inf
@@ -254,7 +255,7 @@ def learner(
     engines: Engines,
     airlines: Airlines,
     threshold: jax.Array,
-    keys: tuple[jax.Array, jax.Array],
+    key: jax.Array,
 ) -> Watcher:
     """Services engines that a model foretells to fail soon; a round is how it learns.
 
@@ -266,14 +267,15 @@ def learner(
       federation: whose clients keep models of their own, or whose model is for all.
       foreteller, engines, airlines: of one seed.
       threshold: in cycles, of a shape that broadcasts with `[..., nodes, slots]`.
-      keys: of the initial weights, and of the run.
+      key: of the initial weights, and of the run.
     """
-    state = federation.init(foreteller.model.init(keys[0]), airlines.rows)
+    init_key, run_key = jax.random.split(key)
+    state = federation.init(foreteller.model.init(init_key), airlines.rows)
     own = bool(jax.tree.leaves(state.clients.algorithm))
 
     def learn(state, cycle):
         state, (info, _) = jaxfl.scan_rounds(
-            federation, state, airlines.at(cycle), rounds=1, key=keys[1]
+            federation, state, airlines.at(cycle), rounds=1, key=run_key
         )
         return state, jnp.sum(info.bits_up)
 

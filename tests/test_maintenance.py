@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxfl
 from experiments import maintenance, maintenance_fleet, maintenance_models
 from experiments.maintenance_fleet import Prices
 
@@ -256,3 +257,63 @@ def test_a_game_is_what_its_page_is_told(setting):
         last = maintenance.per_hour(setting, games[name]["counts"])[:, -1]
         np.testing.assert_allclose(at[:, 1, 0], last[:, last.mean(0).argmax()])
         assert (at[:, 0] >= at[:, 1]).all()
+
+
+@needs_files
+def test_an_airline_asks_its_own_model_about_its_own_windows(setting):
+    engines = maintenance_models.engines_of(setting)
+    examples = {
+        "row": engines.row,
+        "window": engines.window,
+        "left": engines.row[:, -1],
+    }
+    airlines = maintenance_models.airlines_of(setting, engines, examples, 0, False)
+    model = maintenance_models.network_of(setting, engines)
+    moments = jaxfl.moments(airlines.rows, "row")
+    teller = maintenance_models.foreteller_of(setting, model, engines, moments)
+    federation = maintenance_models.federation_of(
+        setting,
+        "isolated",
+        maintenance_models.channel_of(setting, "none", 4),
+        teller.loss,
+    )
+    watcher = maintenance_models.learner(
+        setting,
+        federation,
+        teller,
+        engines,
+        airlines,
+        jnp.float32(60),
+        jax.random.key(0),
+    )
+    each = jax.vmap(model.init)(jax.random.split(jax.random.key(2), 4))
+    state = watcher.state._replace(
+        clients=watcher.state.clients._replace(algorithm=each)
+    )
+    engine = np.random.default_rng(0).integers(0, setting.engines, (2, 4, 4))
+    flown = np.asarray(engines.life)[engine] // 2
+    flown[0, 0, 0] = 2  # a window that begins before the engine did
+    due, soon = watcher.watch(state, jnp.int32(10**6))(
+        jnp.asarray(engine), jnp.asarray(flown)
+    )
+
+    # In float64: sensors of the airlines' engines have mean 0 and deviation 1.
+    row = np.asarray(engines.row, np.float64)[:, :-1]
+    trained = row[np.concatenate(jaxfl.data.client_rows(airlines.rows))]
+    scaled = (row - trained.mean(0)) / trained.std(0)
+    kernel, bias = (
+        np.asarray(x, np.float64)
+        for x in (each["Dense_0"]["kernel"], each["Dense_0"]["bias"])
+    )
+    for place in np.ndindex(2, 4, 4):
+        first = int(engines.first[engine[place]])
+        last = first + int(flown[place]) - 1
+        window = np.maximum(np.arange(last + 1 - setting.window, last + 1), first)
+        node = place[1]
+        left = 125 * (scaled[window].ravel() @ kernel[node][:, 0] + bias[node, 0])
+        if abs(left - 60) > 0.01 and abs(left - 180) > 0.01:
+            assert (due[place], soon[place]) == (left < 60, left < 180)
+    assert 0 < due.mean() < 1
+    # Nobody knows anything at first: as by preventive maintenance.
+    due, _ = watcher.watch(state, jnp.int32(0))(jnp.asarray(engine), jnp.asarray(flown))
+    assert (due == (flown >= 193)).all()
