@@ -27,29 +27,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxfl
-from experiments import common, maintenance_fleet, maintenance_models
+from experiments import (
+    common,
+    maintenance_fleet,
+    maintenance_models,
+    maintenance_money,
+    turbofan_tycoon,
+)
 from experiments.maintenance_fleet import Prices
+from experiments.maintenance_money import LABELS, SLOTS, per_hour
 from jaxfl import data
 
-LABELS = {
-    "corrective": "run to failure",
-    "preventive": "fixed interval",
-    "isolated": "each airline's own model",
-    "federated": "federated model",
-    "top_k": "federated, compressed",
-    "dp": "federated, private",
-    "pooled": "model of all data",
-}
-COLOURS = {
-    "corrective": common.BLACK,
-    "preventive": common.PINK,
-    "isolated": common.ORANGE,
-    "federated": common.GREEN,
-    "top_k": common.SKY,
-    "dp": common.RED,
-    "pooled": common.BLUE,
-}
-SLOTS = 4
 STRATEGIES = ("corrective", "preventive", "isolated", "federated", "pooled")
 CHANNELS = ("none", "top_k", "dp")
 
@@ -111,6 +99,19 @@ class Settings:
     clip_norm: float = 0.5
     """Of an update, of `dp`."""
 
+    @property
+    def nodes(self) -> int:
+        """Airlines: four of five engines are trained on, by four at each."""
+        return self.engines // turbofan_tycoon.FOLDS
+
+    def knobs(self, strategy: str) -> tuple:
+        """The intervals or thresholds that are flown, first the one that is priced."""
+        if strategy == "corrective":
+            return (maintenance_models.NEVER,)
+        if strategy == "preventive":
+            return (self.prices.interval, *self.intervals)
+        return (self.prices.threshold, *self.thresholds)
+
 
 PRESETS = {
     "ci": Settings(
@@ -136,15 +137,6 @@ PRESETS = {
 }
 
 
-def knobs(config, strategy: str) -> tuple:
-    """The intervals or thresholds that a strategy is flown with; first the stated."""
-    if strategy == "corrective":
-        return (maintenance_models.NEVER,)
-    if strategy == "preventive":
-        return (config.prices.interval, *config.intervals)
-    return (config.prices.threshold, *config.thresholds)
-
-
 def frame(slots: maintenance_fleet.Slots) -> dict[str, jax.Array]:
     """What is kept of one moment: counts of each knob, all slots of the first."""
     counts = jnp.stack([slots.flown, slots.maintained, slots.failed], -1)
@@ -160,7 +152,7 @@ def one_game(
     config, strategy, model, channel, engines, airlines, moments, sequence, key
 ):
     """One strategy and one seed; frames, and the megabytes that were sent."""
-    knob = jnp.asarray(knobs(config, strategy))[:, None, None]
+    knob = jnp.asarray(config.knobs(strategy))[:, None, None]
     if strategy in ("corrective", "preventive"):
         watcher = maintenance_models.steady(knob)
     else:
@@ -224,7 +216,6 @@ def games_of(config) -> dict[str, dict[str, np.ndarray]]:
     def axes(airlines):
         return maintenance_models.Airlines(data.stack_axes(airlines.rows), 0, 0)
 
-    nodes = config.engines // 5  # four engines each to train on, a fifth played
     keys = jax.random.split(jax.random.key(0), (2, config.seeds))
     apart, pooled = airlines_of(False), airlines_of(True)
     moments = jax.jit(
@@ -236,7 +227,7 @@ def games_of(config) -> dict[str, dict[str, np.ndarray]]:
     sequences = jax.vmap(
         functools.partial(
             maintenance_fleet.sequences,
-            shape=(nodes, SLOTS),
+            shape=(config.nodes, SLOTS),
             length=maintenance_fleet.longest_sequence(config.prices, config.cycles),
         )
     )(keys[0], apart.played)
@@ -244,21 +235,13 @@ def games_of(config) -> dict[str, dict[str, np.ndarray]]:
     for strategy in config.strategies:
         airlines = pooled if strategy == "pooled" else apart
         for channel in config.channels if strategy == "federated" else ("none",):
-            passes = maintenance_models.channel_of(config, channel, nodes)
+            passes = maintenance_models.channel_of(config, channel)
             run = functools.partial(one_game, config, strategy, model, passes)
             run = jax.jit(jax.vmap(run, in_axes=(None, axes(airlines), 0, 0, 0)))
             name = strategy if channel == "none" else channel
             frames = run(engines, airlines, moments, sequences, keys[1])
             found[name] = jax.device_get(frames)
     return found
-
-
-def per_hour(config, counts: np.ndarray, prices: Prices | None = None) -> np.ndarray:
-    """Dollars per engine-hour since the start, `[seeds, T, knobs]`, of such counts."""
-    hours = config.every * np.arange(1, counts.shape[1] + 1)
-    slots = SLOTS * (config.engines // 5)
-    earned = maintenance_fleet.money(prices or config.prices, counts)
-    return earned / (slots * hours)[:, None]
 
 
 def game_of(config, games: dict[str, Any], seed: int = 0) -> dict[str, Any]:
@@ -274,7 +257,10 @@ def game_of(config, games: dict[str, Any], seed: int = 0) -> dict[str, Any]:
         return base64.b64encode(np.asarray(x, np.uint8).tobytes()).decode("ascii")
 
     def strategy(name, game):
-        counts, earned = game["counts"], per_hour(config, game["counts"])[..., 0]
+        counts, earned = (
+            game["counts"],
+            per_hour(config, game["counts"])[..., 0],
+        )
         mean, std = earned.mean(0), earned.std(0)
         names = ("flown", "maintained", "failed")
         return {
@@ -287,130 +273,13 @@ def game_of(config, games: dict[str, Any], seed: int = 0) -> dict[str, Any]:
         }
 
     return {
-        "title": f"{config.engines // 5} airlines of {SLOTS} aircraft",
+        "title": f"{config.nodes} airlines of {SLOTS} aircraft",
         "prices": dataclasses.asdict(config.prices),
         "times": list(range(config.every, config.cycles + 1, config.every)),
         "strategies": [strategy(name, game) for name, game in games.items()],
-        "nodes": config.engines // 5,
+        "nodes": config.nodes,
         "slots": SLOTS,
     }
-
-
-def by_prices(config, games, failure: Any, maintenance: Any) -> dict[str, np.ndarray]:
-    """Dollars per engine-hour at the end under other prices, from the counts alone.
-
-    Args:
-      config: settings; what takes how long is as it was flown.
-      games: see `games_of`.
-      failure, maintenance: `[F]` and `[M]`, in dollars.
-
-    Returns:
-      `[seeds, F, M]` of every strategy, with the one of its intervals or thresholds
-      that is best at each price.
-    """
-    hours, found = SLOTS * (config.engines // 5) * config.cycles, {}
-    for name, game in games.items():
-        last = np.asarray(game["counts"][:, -1, ..., None, None], float)
-        flown, maintained, failed = np.moveaxis(last, 2, 0)
-        earned = (
-            config.prices.profit * flown
-            - np.asarray(maintenance) * maintained
-            - np.asarray(failure)[:, None] * failed
-        ) / hours
-        best = earned.mean(0).argmax(0)
-        found[name] = np.take_along_axis(earned, best[None, None], 1)[:, 0]
-    return found
-
-
-def rivals(games) -> list[str]:
-    """Strategies without a federated model, and that nobody has to be trusted for."""
-    return [n for n in games if n in ("corrective", "preventive", "isolated")]
-
-
-def draw(config, games):
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
-
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(15, 4.4), layout="constrained"
-    )
-    times = config.every * np.arange(1, 1 + config.cycles // config.every)
-    low = []
-    for name, game in games.items():
-        earned, colour = per_hour(config, game["counts"]), COLOURS[name]
-        mean, std = earned[..., 0].mean(0), earned[..., 0].std(0)
-        left.plot(times, mean, color=colour, label=LABELS[name])
-        left.fill_between(
-            *(times, mean - std, mean + std), color=colour, alpha=0.2, lw=0
-        )
-        low.append((mean - std)[len(times) // 5 :].min())
-        last, stated = earned[:, -1].mean(0), np.array(knobs(config, name))
-        order = np.argsort(stated)
-        if name in ("corrective", "preventive"):
-            best = last.argmax()
-            label = name if name == "corrective" else f"every {stated[best]} cycles"
-            middle.axhline(last[best], color=colour, ls="--", label=label)
-        else:
-            middle.plot(
-                stated[order], last[order], color=colour, marker="o", label=name
-            )
-    left.set(
-        xlabel="time (cycles)",
-        ylabel="earned since the start\n(dollars per engine-hour)",
-        ylim=(min(0, *low) - 10, config.prices.profit),
-        title=f"mean and deviation of {config.seeds} seeds",
-    )
-    left.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
-    middle.set(
-        xlabel="serviced when fewer cycles than that are foretold",
-        ylabel="earned by the end\n(dollars per engine-hour)",
-        title="other thresholds; the best interval",
-    )
-    middle.legend(frameon=False, fontsize=8)
-
-    failure, maintenance = np.geomspace(5e3, 5e5, 81), np.geomspace(1e3, 1e5, 81)
-    earned = {
-        name: each.mean(0)
-        for name, each in by_prices(config, games, failure, maintenance).items()
-    }
-    names = [*rivals(games), *(n for n in ("federated",) if n in games)]
-    winner = np.argmax([earned[name] for name in names], 0)
-    colours = ListedColormap([COLOURS[name] for name in names])
-    right.pcolormesh(
-        *(failure, maintenance, winner.T),
-        cmap=colours,
-        vmin=-0.5,
-        vmax=len(names) - 0.5,
-        alpha=0.35,
-        linewidth=0,
-        rasterized=True,
-    )
-    if "federated" in games and rivals(games):
-        gain = earned["federated"] - np.max([earned[n] for n in rivals(games)], 0)
-        lines = right.contour(
-            *(failure, maintenance, gain.T), colors="black", linewidths=0.8
-        )
-        right.clabel(lines, fmt="%g", fontsize=7)
-    right.plot(
-        *(config.prices.failure, config.prices.maintenance),
-        marker="*",
-        ms=11,
-        color="black",
-        ls="",
-    )
-    right.set(
-        xscale="log",
-        yscale="log",
-        xlabel="price of a failure (dollars)",
-        ylabel="price of servicing (dollars)",
-        title="who earns most, each at its best (lines: dollars by\n"
-        "which the federated leads; star: the stated prices)",
-    )
-    seen = [Patch(color=COLOURS[n], alpha=0.35, label=n) for n in names]
-    right.legend(handles=seen, fontsize=8, loc="lower left")
-    common.tidy(left, middle)
-    return figure
 
 
 def main() -> None:
@@ -420,7 +289,7 @@ def main() -> None:
         sys.exit("--every must divide --period, and that --cycles")
     games = games_of(config)
     earned = {name: per_hour(config, game["counts"]) for name, game in games.items()}
-    hours = SLOTS * (config.engines // 5) * config.cycles
+    hours = SLOTS * config.nodes * config.cycles
 
     folder = common.results_folder("maintenance")
     summary = {
@@ -437,7 +306,7 @@ def main() -> None:
             ),
             "by interval or threshold": dict(
                 zip(
-                    map(str, knobs(config, name)),
+                    map(str, config.knobs(name)),
                     earned[name][:, -1].mean(0),
                     strict=True,
                 )
@@ -454,7 +323,7 @@ def main() -> None:
             (name, knob, seed, config.every * (t + 1), *game["counts"][seed, t, k])
             + (earned[name][seed, t, k],)
             for name, game in games.items()
-            for k, knob in enumerate(knobs(config, name))
+            for k, knob in enumerate(config.knobs(name))
             for seed in range(config.seeds)
             # The stated one at all times, others at the end.
             for t in range(earned[name].shape[1])[
@@ -464,10 +333,10 @@ def main() -> None:
     )
     with open(folder / "game.json", "w", encoding="utf-8") as file:
         json.dump(game_of(config, games), file)
-    common.save_figure(folder, draw(config, games), "maintenance")
+    common.save_figure(folder, maintenance_money.draw(config, games), "maintenance")
 
     def row(name):
-        of, at = earned[name][:, -1], knobs(config, name)
+        of, at = earned[name][:, -1], config.knobs(name)
         best = of.mean(0).argmax()
         flown, maintained, failed = summary[name]["per 1000 hours"].values()
         return (
@@ -481,7 +350,7 @@ def main() -> None:
         )
 
     common.print_table(
-        f"{config.engines // 5} airlines of {SLOTS} aircraft, {config.cycles} cycles, "
+        f"{config.nodes} airlines of {SLOTS} aircraft, {config.cycles} cycles, "
         f"{config.seeds} seeds; {config.network}, life to the {config.life} end; "
         "dollars per engine-hour (deviation); events per 1000 engine-hours",
         ("strategy", "dollars", "in the air", "serviced", "failed", "best", "MB sent"),

@@ -24,7 +24,6 @@ from experiments import maintenance_fleet, turbofan_models, turbofan_tycoon
 from jaxfl import accounting, compress, data, models, privacy
 
 SUBSETS = ("FD001", "FD003")
-PER_AIRLINE = turbofan_tycoon.PER_AIRLINE
 NEVER = np.iinfo(np.int32).max
 
 
@@ -57,6 +56,8 @@ def engines_of(config) -> Engines:
         engine.append(before + table["engine"])
         before += 1 + table["engine"].max()
     rows, engine = np.concatenate(rows), np.concatenate(engine)
+    if config.engines > before or before % config.engines:
+        raise ValueError(f"engines must divide {before}, got {config.engines}.")
     every = before // config.engines
     kept = engine % every == 0
     rows, engine = rows[kept], engine[kept] // every
@@ -178,8 +179,12 @@ def network_of(config, engines: Engines) -> models.Model:
     return turbofan_models.model_of(config.network, example)
 
 
-def channel_of(config, name: str, airlines: int) -> jaxfl.Channel:
-    """What the updates pass: nothing, a codec, or what makes them private."""
+def channel_of(config, name: str) -> jaxfl.Channel:
+    """What the updates pass: nothing, a codec, or what makes them private.
+
+    All take part in every round, also who has no rows yet; which that is, and hence
+    when somebody's engines failed, is not private.
+    """
     if name == "top_k":
         codec = compress.error_feedback(compress.top_k(config.fraction))
         return jaxfl.chain(codec, jaxfl.mean())
@@ -188,14 +193,14 @@ def channel_of(config, name: str, airlines: int) -> jaxfl.Channel:
         def private(noise_multiplier):
             return jaxfl.chain(
                 jaxfl.clip(config.clip_norm),
-                jaxfl.mean(denominator=airlines),
+                jaxfl.mean(denominator=config.nodes),
                 privacy.gaussian(noise_multiplier),
             )
 
         return private(
             accounting.calibrate(
                 *(private, config.epsilon),
-                population=airlines,
+                population=config.nodes,
                 cohort=None,
                 rounds=config.cycles // config.period,
                 delta=config.delta,

@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 
 import jaxfl
-from experiments import maintenance, maintenance_fleet, maintenance_models
+from experiments import (
+    maintenance,
+    maintenance_fleet,
+    maintenance_models,
+    maintenance_money,
+)
 from experiments.maintenance_fleet import Prices
 
 needs_files = pytest.mark.skipif(
@@ -244,17 +249,17 @@ def test_a_game_is_what_its_page_is_told(setting):
         stood = each["maintained"][-1] + each["failed"][-1]
         assert bool(stood) == bool((state >= 2).any())
         # Money from the counts, by another way: its first ten cycles are all profit.
-        earned = maintenance.per_hour(setting, counts)[..., 0]
+        earned = maintenance_money.per_hour(setting, counts)[..., 0]
         if each["name"] == "preventive":
             np.testing.assert_allclose(earned[:, 0], 250)
         middle = np.add(each["band"]["low"], each["band"]["high"]) / 2
         np.testing.assert_allclose(middle, earned.mean(0))
     prices = setting.prices
-    found = maintenance.by_prices(
+    found = maintenance_money.by_prices(
         setting, games, [1.0, prices.failure], [prices.maintenance]
     )
     for name, at in found.items():
-        last = maintenance.per_hour(setting, games[name]["counts"])[:, -1]
+        last = maintenance_money.per_hour(setting, games[name]["counts"])[:, -1]
         np.testing.assert_allclose(at[:, 1, 0], last[:, last.mean(0).argmax()])
         assert (at[:, 0] >= at[:, 1]).all()
 
@@ -274,7 +279,7 @@ def test_an_airline_asks_its_own_model_about_its_own_windows(setting):
     federation = maintenance_models.federation_of(
         setting,
         "isolated",
-        maintenance_models.channel_of(setting, "none", 4),
+        maintenance_models.channel_of(setting, "none"),
         teller.loss,
     )
     watcher = maintenance_models.learner(
