@@ -96,10 +96,10 @@ def draw(config, games):
     left.set(
         xlabel="time (cycles)",
         ylabel="earned since the start\n(dollars per engine-hour)",
-        ylim=(min(0, *low) - 10, config.prices.profit),
+        ylim=(min(0, *low) - 10, 1.3 * config.prices.profit),
         title=f"mean and deviation of {config.seeds} seeds",
     )
-    left.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
+    left.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
     middle.set(
         xlabel="serviced when fewer cycles than that are foretold",
         ylabel="earned by the end\n(dollars per engine-hour)",

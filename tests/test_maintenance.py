@@ -198,6 +198,14 @@ def test_rows_are_known_when_their_engine_has_failed(setting):
         )
         played.extend(airlines.played)
         assert len(airlines.rows) == 4 and len(pooled.rows) == 1
+        for rows in jaxfl.data.client_rows(airlines.rows):
+            # The first engine fails when it has flown its life; the others stand still
+            # for one failure each before.
+            when = np.unique(airlines.known[rows])
+            first = [rows[airlines.known[rows] == t][0] for t in when]
+            own = life[of_row[first]]
+            stood = setting.prices.failure_down * np.arange(4)
+            np.testing.assert_array_equal(when, np.cumsum(own) + stood)
         for cycle in (0, 150, 400, 1000, 5000):
             now = airlines.at(cycle)
             total = 0
