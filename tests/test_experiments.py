@@ -99,6 +99,21 @@ def test_every_experiment_is_tested_here():
             "turbofan",
         }
     )
+    assert with_main == {
+        *("mnist_skews", "node_curves", "mcmahan2017", "speed"),
+        *("cohorts", "sweeps"),
+        *("many_clients", "processes"),
+        *("kamp2018", "threshold_front", "compression2017", "error_feedback"),
+        "secure_cost",
+        *("dp_fedavg", "dp_ftrl2021"),
+        *("scaffold2020", "reddi2021"),
+        *("byzantine", "backdoor2019"),
+        *("inverting_gradients", "membership"),
+        "hitaj2017",
+        "stragglers",
+        "personalisation",
+        *("turbofan", "maintenance"),
+    }
 
 
 # ------------------------------------------------------------- through the command line
@@ -163,6 +178,32 @@ def test_turbofan(tmp_path):
     assert passes["pooled"] == passes["isolated"] == 4 < passes["fedadam"]
     assert {row["regime"] for row in rows} == set(found)
     assert "DCNN (Li et al. 2018) 12.6" in printed
+
+
+@needs_files
+def test_maintenance(tmp_path):
+    done = run(tmp_path, "maintenance", "--preset", "ci")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "results" / "maintenance"
+    assert {file.name for file in folder.iterdir()} == {
+        *("summary.json", "history.csv", "game.json"),
+        *("maintenance.png", "maintenance.svg"),
+    }
+    summary = json.loads((folder / "summary.json").read_text())
+    dollars = {n: r["dollars"] for n, r in summary.items() if n != "settings"}
+    assert set(dollars) == {"corrective", "preventive", "isolated", "federated"}
+    assert max(dollars.values()) < 250  # what a cycle earns
+    assert dollars["federated"] > dollars["isolated"]
+    for name, found in summary.items():
+        if name != "settings":
+            hours = found["per 1000 hours"]
+            earned = 250 * hours["flown"] - 10_000 * hours["maintained"]
+            earned -= 60_000 * hours["failed"]
+            np.testing.assert_allclose(earned / 1000, dollars[name], rtol=1e-6)
+    assert summary["corrective"]["per 1000 hours"]["maintained"] == 0
+    game = json.loads((folder / "game.json").read_text())
+    assert [s["name"] for s in game["strategies"]] == list(dollars)
+    assert "federated model" in done.stdout
 
 
 @needs_files
