@@ -18,13 +18,13 @@ row, also where NASA cut it off) and network.
 import base64
 import dataclasses
 import functools
-import json
 import sys
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich
 
 import jaxfl
 from experiments import (
@@ -32,6 +32,7 @@ from experiments import (
     maintenance_fleet,
     maintenance_models,
     maintenance_money,
+    maintenance_page,
     turbofan_tycoon,
 )
 from experiments.maintenance_fleet import Prices
@@ -331,8 +332,9 @@ def main() -> None:
             ]
         ],
     )
-    with open(folder / "game.json", "w", encoding="utf-8") as file:
-        json.dump(game_of(config, games), file)
+    page = folder / "maintenance.html"
+    maintenance_page.write(page, game_of(config, games))
+    rich.print(f"the game of one seed, to look at in a browser: {page}")
     common.save_figure(folder, maintenance_money.draw(config, games), "maintenance")
 
     def row(name):
@@ -350,6 +352,7 @@ def main() -> None:
         )
 
     common.print_table(
+        folder,
         f"{config.nodes} airlines of {SLOTS} aircraft, {config.cycles} cycles, "
         f"{config.seeds} seeds; {config.network}, life to the {config.life} end; "
         "dollars per engine-hour (deviation); events per 1000 engine-hours",

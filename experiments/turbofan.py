@@ -58,7 +58,10 @@ class Settings:
     shortest: int = 30
     """Flights before the first window to train on; no test engine of FD001 has less."""
     stride: int = 1
-    """Of so many windows that follow one another in training, one is taken."""
+    """Of so many windows that follow one another in training, one is taken: where
+    nodes are engines."""
+    fleet_stride: int = 4
+    """Where they are fleets."""
     engines: int | None = None
     """So many training engines of each subset only."""
     seeds: int = 5
@@ -111,11 +114,12 @@ def windows(config, case):
         rows = data.window_rows(table["engine"], config.window)[kept]
         return np.asarray(x)[rows], table["rul"][kept].astype(np.float32)
 
+    stride = config.stride if case == "engines" else config.fleet_stride
     number = train["engine"]
     if config.engines is not None:
         first = np.concatenate([[0], np.cumsum(np.bincount(train["subset"]))[:-1]])
         number = train["engine"] - train["engine"][first][train["subset"]]
-    kept = (train["cycle"] >= config.shortest) & (train["cycle"] % config.stride == 0)
+    kept = (train["cycle"] >= config.shortest) & (train["cycle"] % stride == 0)
     if config.engines is not None:
         kept &= number < config.engines
     last = data.last_rows(test["engine"])
