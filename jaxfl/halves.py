@@ -218,6 +218,17 @@ def round_context(
     )
 
 
+def blank_unless(flag: jax.Array, values: PyTree) -> PyTree:
+    """Values to look at: NaN, or the integer 0, where there are none."""
+
+    def blank(x):
+        x = jnp.asarray(x)
+        inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+        return jnp.where(flag, x, jnp.full_like(x, jnp.nan if inexact else 0))
+
+    return jax.tree.map(blank, values)
+
+
 def same(old: PyTree, new: PyTree, name: str) -> PyTree:
     """`new`, which must be like `old`: a state is carried from round to round."""
     before, after = jax.tree.structure(old), jax.tree.structure(new)

@@ -28,7 +28,7 @@ from jaxfl.core import (
     server_context,
 )
 from jaxfl.data.federated import ClientData
-from jaxfl.halves import client_half, round_context, same, server_half
+from jaxfl.halves import blank_unless, client_half, round_context, same, server_half
 from jaxfl.mesh import AXIS, NOBODY, by_coordinates, per_device, read_rows, write_rows
 
 PyTree = Any
@@ -301,8 +301,8 @@ def federate(
             letter.rejected,
             None if arrives is None else left & ~arrives,
             letter.bits,
-            _blank_unless(alive, letter.metrics),
-            _blank_unless(alive, letter.report),
+            blank_unless(alive, letter.metrics),
+            blank_unless(alive, letter.report),
         )
         return to_sum, to_stack
 
@@ -588,17 +588,6 @@ def execution_order(work: jax.Array, chunk: int, devices: int) -> jax.Array:
     nothing = jnp.zeros(devices), jnp.zeros(devices, int)
     _, place = jax.lax.scan(deal, nothing, longest)
     return order.reshape(-1, chunk)[jnp.argsort(place)].ravel()
-
-
-def _blank_unless(flag: jax.Array, values: PyTree) -> PyTree:
-    """Values to look at: NaN, or the integer 0, where there are none."""
-
-    def blank(x):
-        x = jnp.asarray(x)
-        inexact = jnp.issubdtype(x.dtype, jnp.inexact)
-        return jnp.where(flag, x, jnp.full_like(x, jnp.nan if inexact else 0))
-
-    return jax.tree.map(blank, values)
 
 
 def _strong(x) -> jax.Array:
