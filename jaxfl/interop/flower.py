@@ -285,103 +285,94 @@ def serve(
             "cohort_size must be a number, a Poisson or a Cyclic, got "
             f"{cohort_size!r}: a schedule of faults does not bind real nodes."
         )
-    cohort_rows(cohort_size, population)
+    roster = jnp.arange(cohort_rows(cohort_size, population), dtype=jnp.int32)
     if key.dtype != jax.random.key(0).dtype:
         raise ValueError(f"key must be of jax's default generator, got {key.dtype}.")
 
     flower = flower_library()
     sample_key, run_key = jax.random.split(key)
-    someone = jnp.zeros(1, jnp.int32)
-    start = jax.jit(federation.init)(params, like, someone)
-    own = _row(start.clients, 0)
-    start = State(
-        start.round,
-        jnp.int32(population),
-        start.server,
-        jax.tree.map(lambda x: x[:0], start.clients),
-    )
-    begin = jax.jit(functools.partial(round_context, algorithm=algorithm))
+    start = jax.jit(federation.init)(params, like, roster[:1])
+    begin = jax.jit(functools.partial(round_context, run_key, algorithm))
     finish = jax.jit(functools.partial(_finish, parts))
 
-    def letter_of_one(state, data, own):
-        ctx, broadcast, _ = round_context(
-            run_key, algorithm, state, someone, someone > 0
-        )
-        at_server = state.server.channel
-        one = select_clients(data, jnp.int32(0))
-        return client_half(parts, ctx, broadcast, at_server, own, one, jnp.float32(1))[
-            0
-        ]
+    def letter_of_one(state, data):
+        ctx, broadcast, _ = begin(state, roster, roster >= 0)
+        own, one = _row(state.clients, 0), select_clients(data, jnp.int32(0))
+        at_server, weight = state.server.channel, jnp.float32(1)
+        return client_half(parts, ctx, broadcast, at_server, own, one, weight)[0]
 
-    expected = jax.eval_shape(letter_of_one, start, like, own)
+    expected = jax.eval_shape(letter_of_one, start, like)
     _refuse_residues(expected.payload)
     blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), expected)
-    if cohort_size is None or cohort_size == population:
-        everyone = jnp.arange(population, dtype=jnp.int32)
 
-        def draw(round):
-            return everyone
+    def draw(round):
+        if cohort_size is None or cohort_size == population:
+            return roster  # as `scan_rounds` has everyone, in order
+        return draws_of_run(sample_key, population, cohort_size)(round)
 
-    else:
-        draw = draws_of_run(sample_key, population, cohort_size)
-
-    def read(reply) -> Letter:
-        content, name = (
-            reply.content,
-            f"the message of node {reply.metadata.src_node_id}",
+    def ask(state, number, nodes):
+        """Has each client of a cohort that is connected do its half of a round."""
+        clients = draw(state.round).tolist()
+        alive = np.array([client in nodes for client in clients])
+        ctx, broadcast, client_key = begin(
+            state, jnp.array(clients, jnp.int32), jnp.array(alive)
         )
-        if "letter" not in content:
-            raise ValueError(f"{name} is not of a client_app of this federation.")
-        letter = unpack(content["letter"], expected._replace(payload=()), name)
-        payload = blank.payload
-        if letter.sent:
-            payload = content["payload"] if "payload" in content else {}
-            payload = unpack(payload, expected.payload, name)
-        return jax.tree.map(np.asarray, letter._replace(payload=payload))
+        same_for_all = {
+            "broadcast": pack(broadcast),
+            "channel": pack(state.server.channel),
+        }
+        row_of = {nodes[clients[row]]: row for row in np.flatnonzero(alive)}
+        orders = [
+            flower.message(
+                same_for_all | {"round": pack(_order(ctx, client_key, clients[row]))},
+                *(node, "train", number),
+            )
+            for node, row in row_of.items()
+        ]
+        letters, replied = [blank] * len(clients), np.zeros(len(clients), bool)
+        for reply in _answers(grid, orders, timeout):
+            row = row_of[reply.metadata.src_node_id]
+            letters[row], replied[row] = _read(reply, expected, blank.payload), True
+        rows = {node: row for node, row in row_of.items() if replied[row]}
+        return ctx, jax.tree.map(lambda *x: np.stack(x), *letters), replied, rows
 
-    def run() -> Iterator[tuple[State, Info]]:
-        state, known = start, {}
+    def give_back(reply, delivered, number, rows):
+        """Tells those who answered what has become of it all."""
+        messages = []
+        for node, row in rows.items():
+            payload = _row(reply, row) if aggregator.personal else reply
+            got = {"payload": payload, "delivered": delivered[row]}
+            content = {"reply": pack(got)}
+            messages.append(flower.message(content, node, "train.receive", number))
+        for _ in _answers(grid, messages, timeout):
+            pass  # that it was heard is all that a client says
+
+    def run():
+        nobody = jax.tree.map(lambda x: x[:0], start.clients)
+        state = start._replace(population=jnp.int32(population), clients=nobody)
+        known = {}
         for number in range(rounds):
             nodes = _wait(flower, grid, known, population, min_clients, timeout)
-            roster = draw(state.round)
-            alive = [client in nodes for client in roster.tolist()]
-            ctx, broadcast, client_key = begin(
-                run_key, state=state, roster=roster, alive=jnp.array(alive)
-            )
-            records = {
-                "broadcast": pack(broadcast),
-                "channel": pack(state.server.channel),
-            }
-            row_of, orders = {}, []
-            for row, client in enumerate(roster.tolist()):
-                if alive[row]:
-                    row_of[nodes[client]] = row
-                    ordered = _order(ctx, client_key, client)
-                    content = {**records, "round": pack(ordered)}
-                    to = nodes[client], "train", number
-                    orders.append(flower.message(content, *to))
-            letters, replied = [blank] * len(alive), np.zeros(len(alive), bool)
-            for reply in _answers(grid, orders, timeout):
-                row = row_of[reply.metadata.src_node_id]
-                letters[row], replied[row] = read(reply), True
-            stacked = jax.tree.map(lambda *x: jnp.stack(x), *letters)
-            server, info, reply = finish(ctx, state.server, stacked, replied)
-            state = State(state.round + 1, state.population, server, state.clients)
+            ctx, letters, replied, rows = ask(state, number, nodes)
+            server, info, reply = finish(ctx, state.server, letters, replied)
+            state = state._replace(round=state.round + 1, server=server)
             if algorithm.receive is not keep:
-                given = []
-                for node, row in row_of.items():
-                    if replied[row]:
-                        own = _row(reply, row) if aggregator.personal else reply
-                        got = {"payload": own, "delivered": info.delivered[row]}
-                        content = {"reply": pack(got)}
-                        given.append(
-                            flower.message(content, node, "train.receive", number)
-                        )
-                for _ in _answers(grid, given, timeout):
-                    pass
+                give_back(reply, info.delivered, number, rows)
             yield state, info
 
     return run()
+
+
+def _read(reply: Any, expected: Letter, nothing: PyTree) -> Letter:
+    """The letter in an answer; its payload is `nothing` if none was sent."""
+    name = f"the message of node {reply.metadata.src_node_id}"
+    if "letter" not in reply.content:
+        raise ValueError(f"{name} is not of a client_app of this federation.")
+    letter = unpack(reply.content["letter"], expected._replace(payload=()), name)
+    if letter.sent:
+        sent = reply.content["payload"] if "payload" in reply.content else {}
+        nothing = unpack(sent, expected.payload, name)
+    return letter._replace(payload=nothing)
 
 
 def _finish(
