@@ -110,9 +110,9 @@ def median_of_noised():
 
 
 def clipped():
-    """A state of the channel at the server, which clients read."""
+    """A state of the channel at the server, which clients read, and a shared key."""
     clip = jaxfl.privacy.adaptive_clip(0.5, 0.3, clients=toy.N)
-    return fedavg(jaxfl.chain(clip, jaxfl.mean()))
+    return fedavg(jaxfl.chain(clip, jaxfl.compress.rotation(), jaxfl.mean()))
 
 
 @needs_flower

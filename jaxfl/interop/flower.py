@@ -131,9 +131,7 @@ def client_app(
             "that it is drawn from; give a key that only the client knows."
         )
     flower = flower_library()
-    init = jax.jit(federation.init)
-    half = jax.jit(functools.partial(client_half, parts))
-    take = jax.jit(algorithm.receive)
+    init = functools.partial(_init, federation.init)
     app = flower.ClientApp()
 
     def begin(context) -> tuple[jax.Array, Data, State]:
@@ -173,7 +171,9 @@ def client_app(
         given = None if weight is None else jnp.array([weight])
         cohort = sample_cohort(ctx.key, data, weight=given)
         one = select_clients(cohort.data, jnp.int32(0))
-        letter, own = half(ctx, broadcast, at_server, own, one, cohort.weight[0])
+        letter, own = _client_half(
+            parts, ctx, broadcast, at_server, own, one, cohort.weight[0]
+        )
         _refuse_residues(letter.payload)
 
         context.state[OWN] = pack(own)
@@ -193,12 +193,33 @@ def client_app(
         came = {"payload": payload, "delivered": jax.ShapeDtypeStruct((), bool)}
         got = unpack(message.content["reply"], came, "the reply")
         broadcast = unpack(context.state[STARTED_FROM], broadcast, "the broadcast")
-        new = take(broadcast, got["payload"], own_state.algorithm, got["delivered"])
+        new = _receive(
+            algorithm.receive,
+            broadcast,
+            got["payload"],
+            own_state.algorithm,
+            got["delivered"],
+        )
         new = same(own_state.algorithm, new, "algorithm.receive")
         context.state[OWN] = pack(own_state._replace(algorithm=new))
         return flower.reply(message)
 
     return app
+
+
+# Of the module, and not of an app, which Flower's simulation sends to its processes:
+# what `jit` makes cannot be sent.
+_client_half = jax.jit(client_half, static_argnames="parts")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(init, params, data, client):
+    return init(params, data, client)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _receive(receive, broadcast, payload, own, delivered):
+    return receive(broadcast, payload, own, delivered)
 
 
 def serve(
@@ -291,7 +312,7 @@ def serve(
 
     flower = flower_library()
     sample_key, run_key = jax.random.split(key)
-    start = jax.jit(federation.init)(params, like, roster[:1])
+    start = _init(federation.init, params, like, roster[:1])
     begin = jax.jit(functools.partial(round_context, run_key, algorithm))
     finish = jax.jit(functools.partial(_finish, parts))
 
