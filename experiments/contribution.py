@@ -287,13 +287,13 @@ def draw(config, found, samples, drifts):
         hill.plot(
             *(rounds, d["barrier"]), color=colour, ls=":", label=f"{name}: barrier"
         )
-    alike.set(xlabel="round", ylabel="of the updates of ten nodes")
+    alike.set(xlabel="round", ylabel="cosine, diversity (no unit)")
     alike.set_title("ten nodes: how their updates agree")
-    alike.legend(frameon=False)
     hill.set(xlabel="round", ylabel="loss on held-out digits (nats)")
     hill.set_title("ten nodes: what their models score")
-    hill.legend(frameon=False, fontsize=8)
     for axes in (alike, hill):
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
+        axes.legend(**below, frameon=False, fontsize=8)
         axes.xaxis.get_major_locator().set_params(integer=True)
     common.tidy(*panels.flat)
     return figure
