@@ -1,5 +1,6 @@
 """Rounds on Flower: those of the program in one piece, over messages made to bytes."""
 
+import importlib
 import sys
 from importlib.util import find_spec
 from typing import Any
@@ -176,13 +177,14 @@ class Watched(Loopback):
         return self._serde.context_from_proto(self._states[node]).state
 
     def send_and_receive(self, messages, *, timeout=None):
-        from flwr.app import Error, Message
-
+        app = importlib.import_module("flwr.app")
         for message in messages:
             client = self.client(message.metadata.dst_node_id)
             train = message.metadata.message_type == "train"
             if train and client in self.failing:
-                yield self._travel(Message(Error(0, "on fire"), reply_to=message))
+                yield self._travel(
+                    app.Message(app.Error(0, "on fire"), reply_to=message)
+                )
                 continue
             (reply,) = super().send_and_receive([message])
             if not (train and client in self.silent):

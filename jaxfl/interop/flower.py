@@ -109,8 +109,9 @@ def client_app(
       client_of: `context -> ` the population id of this client, from 0 to N - 1.
       weight: of this client's messages; its number of examples by default, as in
         `sample_cohort`.
-      secret_of: `context -> ` a random key that only this client knows. The client then
-        draws from it alone, and a run is no longer the prototype's.
+      secret_of: `context -> ` a random key that only this client knows, another one in
+        every run. The client then draws from it alone, and a run is no longer the
+        prototype's.
 
     Returns:
       A `flwr.clientapp.ClientApp`.
