@@ -286,6 +286,39 @@ def test_what_arrives_must_be_of_the_federation():
 
 
 @needs_flower
+def test_a_client_that_sends_nan_is_dropped():
+    class Broken(Watched):
+        def _travel(self, message):
+            if message.metadata.src_node_id == 100 and "payload" in message.content:
+                array = {"w": jnp.full(3, jnp.nan), "b": jnp.zeros(())}
+                message.content["payload"] = records.pack(array)
+            return super()._travel(message)
+
+    federation = fedavg()
+    got, (info,) = served(federation, Broken(app_of(federation), nodes()), rounds=1)
+    absent = Watched(app_of(federation), nodes())
+    absent.gone = frozenset([0])
+    want, _ = served(federation, absent, rounds=1)
+    assert_same(got.params, want.params)
+    np.testing.assert_array_equal(info.rejected, np.arange(toy.N) == 0)
+
+
+@needs_flower
+def test_a_round_waits_for_enough_clients(monkeypatch):
+    federation = fedavg()
+    grid = Watched(app_of(federation), nodes())
+    grid.gone, slept = frozenset(range(1, toy.N)), []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        grid.gone = frozenset(range(7 - 3 * len(slept), toy.N))
+
+    monkeypatch.setattr(flower.time, "sleep", sleep)
+    _, (info,) = served(federation, grid, rounds=1, min_clients=3)
+    assert len(slept) == 1 and info.alive.tolist() == [True] * 4 + [False] * 3
+
+
+@needs_flower
 @pytest.mark.parametrize(
     "clients, match",
     [([0, 7], "node 101 is client 7"), ([3, 3], "100 and 101 are both client 3")],

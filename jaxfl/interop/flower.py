@@ -241,8 +241,8 @@ def serve(
     Rounds are those of `scan_rounds` and `simulate` with the same key, to what floats
     lose where a sum is made by another program. A client of the cohort whose node is
     not connected when the round begins is not alive; one that is asked and does not
-    answer, or in time, or with an error, has not sent (`info.lost`). No state
-    of theirs at the server moves, as in a simulation.
+    answer in time, or with an error, has not sent (`info.lost`). What is not finite is
+    dropped, whatever its client says.
 
     Args:
       grid: Flower's, with nodes that run `client_app` of the same federation.
@@ -406,7 +406,9 @@ def _finish(
 ) -> tuple[ServerState, Info, PyTree]:
     """The server's half of a round, from the letters `[K, ...]` that arrived."""
     algorithm, _, aggregator = parts
-    sent = letters.sent & replied
+    # What a client says of itself is not relied on.
+    finite = jax.vmap(tree.is_finite)((letters.payload, letters.report))
+    sent = letters.sent & replied & finite
     zeros = jax.tree.map(jnp.zeros_like, (letters.payload, letters.report))
     payloads, reports = tree.where_rows(sent, (letters.payload, letters.report), zeros)
     # With sums made as in a round.
@@ -427,7 +429,7 @@ def _finish(
         alive=ctx.alive,
         sent=sent,
         delivered=outcome.delivered,
-        rejected=letters.rejected & replied,
+        rejected=(letters.rejected | ~finite) & replied,
         bits_up=up,
         bits_down=jnp.where(ctx.alive, down, 0.0) + back,
         metrics=blank(replied, letters.metrics),
