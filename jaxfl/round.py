@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -16,15 +15,12 @@ from jaxfl.channel import mechanisms
 from jaxfl.core import (
     Aggregator,
     Algorithm,
-    Bound,
     Channel,
     ClientState,
     Cohort,
     Data,
     Federation,
     Info,
-    Message,
-    Outcome,
     Params,
     ServerState,
     State,
@@ -32,8 +28,8 @@ from jaxfl.core import (
     server_context,
 )
 from jaxfl.data.federated import ClientData
+from jaxfl.halves import blank_unless, client_half, round_context, same, server_half
 from jaxfl.mesh import AXIS, NOBODY, by_coordinates, per_device, read_rows, write_rows
-from jaxfl.privacy.mechanism import Distributed, Local
 
 PyTree = Any
 
@@ -220,6 +216,7 @@ def federate(
     ):
         if not isinstance(part, kind):
             raise TypeError(f"{name} must be a jaxfl.{kind.__name__}, got {part!r}.")
+    parts = algorithm, channel, aggregator
     summed = aggregator.makes_sum
     if channel.of_sums and not summed:
         raise ValueError(
@@ -227,12 +224,7 @@ def federate(
             "secure_sum() do, and the aggregator is not linear, nor does it make a "
             "sum; leave that layer out."
         )
-    # One client moves a sum by its own message; what it moves a median by, nobody says.
-    summed_bound = channel.bound(Bound()) if summed else Bound()
-    private = any(
-        not isinstance(mechanism, Local | Distributed)
-        for mechanism in mechanisms(channel, summed)
-    )
+    mechanisms(channel, summed)  # noise on what nothing bounds is refused here
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
     if mesh is not None and AXIS not in mesh.axis_names:
@@ -278,69 +270,53 @@ def federate(
         )
 
     def at_client(seen, x):
-        """One client of the cohort, from its data to its message."""
+        """One client of the cohort, from its data to what becomes of its message."""
         ctx, broadcast, client_key, channel_server, examples = seen
         client, own, data, weight, alive, arrives, share, staleness = x
-        key = jax.random.fold_in(client_key, client)
-        train_key, send_key = jax.random.split(key)
-        ctx = ctx._replace(client=client, share=share, staleness=staleness)
-        ctx = ctx._replace(broadcast=algorithm.version(ctx, broadcast))
-
-        payload, own_algorithm, metrics = algorithm.client(
-            ctx._replace(key=train_key),
+        ctx = ctx._replace(
+            key=jax.random.fold_in(client_key, client),
+            client=client,
+            share=share,
+            staleness=staleness,
+        )
+        letter, own = client_half(
+            parts,
+            ctx,
             broadcast,
-            own.algorithm,
-            _rejoin(examples, data),
-        )
-        own_algorithm = _same(own.algorithm, own_algorithm, "algorithm.client")
-        finite = tree.is_finite(payload)
-        weight = jnp.where(alive & finite, weight, 0.0)
-        bits = jnp.where(weight > 0, jnp.float32(tree.num_bits(payload)), 0.0)
-        message, own_channel, report = channel.encode(
-            ctx._replace(key=send_key),
-            Message(tree.mask(finite, payload), weight, bits, jnp.float32(0)),
             channel_server,
-            own.channel,
+            own,
+            _rejoin(examples, data),
+            weight,
+            alive,
         )
-        own_channel = _same(own.channel, own_channel, "channel.encode")
-        finite &= tree.is_finite((message.payload, message.weight, report))
-        done = alive & finite
-        left = done & (message.weight > 0)
+        left, payload = letter.sent, letter.payload
         sent = left if arrives is None else left & arrives
-        payload = tree.mask(left, message.payload)
-        length = jnp.where(left, aggregator.bits(payload, message.bits), message.bits)
         payload = payload if arrives is None else tree.mask(sent, payload)
-        own = optax.tree.where(done, ClientState(own_algorithm, own_channel), own)
 
-        to_sum = tree.mask(sent, report), payload if aggregator.linear else ()
+        to_sum = tree.mask(sent, letter.report), payload if aggregator.linear else ()
         to_stack = (
             () if aggregator.linear else payload,
             own,
             sent,
-            alive & ~finite,
+            letter.rejected,
             None if arrives is None else left & ~arrives,
-            jnp.where(alive, length + message.header, 0.0),
-            _blank_unless(alive, metrics),
-            _blank_unless(alive, report),
+            letter.bits,
+            blank_unless(alive, letter.metrics),
+            blank_unless(alive, letter.report),
         )
         return to_sum, to_stack
 
     def round(key: jax.Array, state: State, cohort: Cohort) -> tuple[State, Info]:
         k = _check_cohort(cohort)
-        server, population = state.server, state.population
-        client_key, server_key = jax.random.split(jax.random.fold_in(key, state.round))
-
+        server = state.server
         roster = jnp.asarray(cohort.client, jnp.int32)
-        broadcast = algorithm.broadcast(server.algorithm)
-        ctx = server_context(
-            server_key, state.round, roster, cohort.alive, population, broadcast
+        ctx, broadcast, client_key = round_context(
+            key, algorithm, state, roster, cohort.alive
         )
-        ctx = ctx._replace(broadcast=algorithm.version(ctx, broadcast))
         unclocked = cohort._replace(time=None, ended=None, asked=None)
         padded = _pad(unclocked, chunk_size, mesh)
         padded, place = _longest_first(padded, chunk_size, mesh)
         place = slice(k) if place is None else place[:k]
-        aggregate_key, decode_key, step_key = jax.random.split(ctx.key, 3)
         examples, rows = _separate(padded.data)
         own = read_rows(state.clients, _rows(padded), mesh)
         bits_down = jax.vmap(
@@ -368,43 +344,16 @@ def federate(
             apply = by_coordinates(apply, mesh, place)
         else:
             payloads = jax.tree.map(lambda x: x[place], payloads)
-        payload, delivered, aggregator_state = apply(
-            ctx._replace(key=aggregate_key),
+        stepped, outcome, reply = server_half(
+            parts,
+            ctx,
+            server,
             summed if aggregator.linear else payloads,
             sent,
-            server.aggregator,
+            reports,
+            apply=apply,
         )
-        decode_ctx = ctx._replace(key=decode_key, bound=summed_bound, sent=sent)
-
-        def decode(payload):
-            return channel.decode(decode_ctx, payload, server.channel, reports)
-
-        if aggregator.personal:
-            reply = jax.vmap(lambda x: decode(x)[0])(payload)
-            payload, channel_server = tree.mean_rows(delivered, reply), server.channel
-        else:
-            payload, channel_server = decode(payload)
-            reply = payload
-        channel_server = _same(server.channel, channel_server, "channel.decode")
-        aggregator_state = _same(
-            server.aggregator, aggregator_state, "aggregator.apply"
-        )
-        fine = tree.is_finite(payload)  # a sum can overflow
-        delivered &= fine
-        channel_server, aggregator_state = optax.tree.where(
-            fine,
-            (channel_server, aggregator_state),
-            (server.channel, server.aggregator),
-        )
-        stepped = algorithm.server(
-            ctx._replace(key=step_key),
-            server.algorithm,
-            Outcome(payload, sent, delivered),
-        )
-        stepped = _same(server.algorithm, stepped, "algorithm.server")
-        # That nobody was there is private too: then the noise alone is what arrives.
-        goes_on = fine if private else jnp.any(delivered)
-        stepped = optax.tree.where(goes_on, stepped, server.algorithm)
+        delivered = outcome.delivered
 
         def rows_of_padded(x):
             full = jnp.zeros((padded.alive.shape[0], *x.shape[1:]), x.dtype)
@@ -415,18 +364,18 @@ def federate(
         given = jax.vmap(
             algorithm.receive, (None, 0 if aggregator.personal else None, 0, 0)
         )(broadcast, reply, own.algorithm, rows_of_padded(delivered))
-        given = _same(own.algorithm, given, "algorithm.receive")
+        given = same(own.algorithm, given, "algorithm.receive")
         own = own._replace(
             algorithm=tree.where_rows(padded.alive, given, own.algorithm)
         )
 
         new = State(
             state.round + 1,
-            population,
-            ServerState(stepped, channel_server, aggregator_state),
+            state.population,
+            stepped,
             write_rows(state.clients, _rows(padded), own, mesh),
         )
-        given_back = 0 if algorithm.receive is keep else tree.num_bits(payload)
+        given_back = 0 if algorithm.receive is keep else tree.num_bits(outcome.payload)
         bits_up, bits_back = aggregator.traffic(
             ctx, bits_up, delivered, jnp.float32(given_back)
         )
@@ -450,7 +399,6 @@ def federate(
         )
         return new, info
 
-    parts = algorithm, channel, aggregator
     return Federation(init, round, parts, chunk_size, mesh)
 
 
@@ -642,41 +590,8 @@ def execution_order(work: jax.Array, chunk: int, devices: int) -> jax.Array:
     return order.reshape(-1, chunk)[jnp.argsort(place)].ravel()
 
 
-def _blank_unless(flag: jax.Array, values: PyTree) -> PyTree:
-    """Values to look at: NaN, or the integer 0, where there are none."""
-
-    def blank(x):
-        x = jnp.asarray(x)
-        inexact = jnp.issubdtype(x.dtype, jnp.inexact)
-        return jnp.where(flag, x, jnp.full_like(x, jnp.nan if inexact else 0))
-
-    return jax.tree.map(blank, values)
-
-
 def _strong(x) -> jax.Array:
     """An array of its own dtype: a Python scalar's would give way to any other."""
     x = jnp.asarray(x)
     weak = getattr(x, "weak_type", False)  # which a random key has not
     return jax.lax.convert_element_type(x, x.dtype) if weak else x
-
-
-def _same(old: PyTree, new: PyTree, name: str) -> PyTree:
-    """`new`, which must be like `old`: a state is carried from round to round."""
-    before, after = jax.tree.structure(old), jax.tree.structure(new)
-    if before != after:
-        raise TypeError(
-            f"{name} must return a state of the structure it got, {before}, "
-            f"not {after}."
-        )
-
-    def leaf(path, a, b):
-        b = jnp.asarray(b)
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            where = jax.tree_util.keystr(path)
-            raise TypeError(
-                f"{name} must keep the shapes and dtypes of its state; {where} was "
-                f"{a.dtype}{list(a.shape)} and became {b.dtype}{list(b.shape)}."
-            )
-        return b
-
-    return jax.tree_util.tree_map_with_path(leaf, old, new)

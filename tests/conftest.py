@@ -45,7 +45,12 @@ def key():
 
 def pytest_collection_modifyitems(items):
     """Doctests cannot skip themselves where an extra is not installed."""
+    missing = []
     if not (find_spec("tenseal") and find_spec("phe")):
+        missing.append(("jaxfl.homomorphic", "he"))
+    if not find_spec("flwr"):
+        missing.append(("jaxfl.interop", "flower"))
+    for module, extra in missing:
         for item in items:
-            if item.name.startswith("jaxfl.homomorphic"):
-                item.add_marker(pytest.mark.skip(reason="needs the extra `he`"))
+            if item.name.startswith(module):
+                item.add_marker(pytest.mark.skip(reason=f"needs the extra `{extra}`"))

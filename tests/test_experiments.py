@@ -96,7 +96,7 @@ def test_every_experiment_is_tested_here():
             "hitaj2017",
             "stragglers",
             "personalisation",
-            *("turbofan", "maintenance"),
+            *("turbofan", "maintenance", "contribution"),
         }
     )
 
@@ -288,6 +288,29 @@ def test_node_curves(tmp_path):
     assert times["node 1"][probes : probes + 2] == [1, 1]  # before and after averaging
     np.testing.assert_allclose(times["isolated 1"], np.arange(11) / probes)
     assert "isolated, mean" in printed
+
+
+def test_contribution(tmp_path):
+    summary, rows, printed = results(
+        *(tmp_path, "contribution", "--examples", "20", "--rounds", "2"),
+        *("--drift-rounds", "2", "--drift-examples", "200", "--heldout", "100"),
+        *("--permutations", "4", "16"),
+    )
+    worth, reached = summary["worth"], summary["accuracy"]
+    assert len(worth) == 8
+    # Shapley values divide all that is reached, in points.
+    whole = sum(node["shapley"] for node in worth.values())
+    assert whole == pytest.approx(reached["everyone"] - reached["nobody"], abs=1e-6)
+    assert [s["orders"] for s in summary["sampled"]] == [4, 16]
+    assert all(0.5 < s["off"] / s["error"] < 2 for s in summary["sampled"])
+    assert summary["sampled"][1]["off"] < summary["sampled"][0]["off"]
+    assert [(row["case"], row["round"]) for row in rows] == [
+        (case, r) for case in ("uniform", "one_class") for r in "12"
+    ]
+    uniform, one_class = summary["drift"]["uniform"], summary["drift"]["one_class"]
+    assert uniform["cosine"] > one_class["cosine"]
+    assert uniform["diversity"] < one_class["diversity"]
+    assert "half of labels wrong" in printed
 
 
 def test_mcmahan2017(tmp_path):

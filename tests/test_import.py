@@ -17,6 +17,8 @@ HEAVY = (
     "jaxfl.homomorphic",
     "tenseal",
     "phe",
+    "flwr",
+    "jaxfl.interop",
 )
 
 
