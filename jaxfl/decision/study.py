@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxfl import plan
+from jaxfl import local, plan
 from jaxfl.algorithms.fedavg import fedavg
 from jaxfl.algorithms.isolated import isolated
 from jaxfl.channel import identity, mean
@@ -242,7 +242,7 @@ def study(
     )
     train_sizes = np.array([len(own) for own in train])
     steps = max(1, round(epochs * train_sizes.mean() / batch_size))
-    work = {"batch_size": batch_size, "steps": steps}
+    work = local.Work(batch_size=batch_size, steps=steps)
     alone = isolated_optimizer or optimizer
     personal = fine_tuned(model.loss, optimizer, **work)
 
@@ -326,15 +326,17 @@ def study(
         return jax.tree.map(lambda a: a[:count].reshape(seeds, -1, *a.shape[1:]), found)
 
     f, m = len(arranged.fractions), len(arranged.counts)
-    local = fedavg(model.loss, optimizer, server_optimizer, **work)
-    fed = runs(arranged.federated, local, channel or mean(), "federated")
+    averaged = fedavg(model.loss, optimizer, server_optimizer, **work)
+    fed = runs(arranged.federated, averaged, channel or mean(), "federated")
     lone = runs(
         arranged.isolated, isolated(model.loss, alone, **work), identity(), "isolated"
     )
     together = fedavg(
         model.loss,
         pooled_optimizer or optimizer,
-        **work | {"steps": steps * n},  # the one node does the work of all
+        **local.Work(
+            batch_size=batch_size, steps=steps * n
+        ),  # the one node does the work of all
     )
     pooled = runs(arranged.pooled, together, mean(), "pooled")
 
@@ -355,7 +357,7 @@ def study(
             d, index=d.index[last], start=d.start[last], size=d.size[last]
         )
         noisy = Points(whole.seed[last], picked, whole.alive[last])
-        scores["private"] = at(runs(noisy, local, private, "private"), 0)
+        scores["private"] = at(runs(noisy, averaged, private, "private"), 0)
 
     curves = {}
     for name, found in (("isolated", lone), ("federated", fed), ("pooled", pooled)):
@@ -371,7 +373,7 @@ def study(
         if not name.startswith("isolated")
     }
     a_round = plan.flops(
-        federate(local, channel or mean()),
+        federate(averaged, channel or mean()),
         jax.eval_shape(model.init, key),
         of_rows(examples, train),
     )

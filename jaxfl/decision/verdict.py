@@ -218,8 +218,8 @@ def judge(
             )
         elif pays(pooled):
             because += (
-                f" All data in one place would gain {of(pooled)}: there is something to "
-                "be had, but this federation on this budget does not get it; more "
+                f" All data in one place would gain {of(pooled)}: there is something "
+                "to be had, but this federation on this budget does not get it; more "
                 "rounds, other rates or another algorithm may."
             )
         else:
