@@ -79,7 +79,7 @@ class Settings:
 
 
 PRESETS = {
-    "ci": Settings("ci", "embedded", rounds=4, hidden=(16,), seeds=2, heldout=500),
+    "ci": Settings("ci", "embedded", rounds=5, hidden=(16,), heldout=500),
     "mnist_one_class": Settings("mnist_one_class", "embedded", rounds=40),
     "mnist_iid": Settings(
         *("mnist_iid", "files", 6),
@@ -215,9 +215,9 @@ def draw(report: decision.Report):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6.8), layout="constrained")
-    top, bottom = figure.subfigures(2, 1)
-    decision.draw_growth(report, top)
-    decision.draw_nodes(report, bottom)
+    parts = figure.subfigures(2, 1, squeeze=False)
+    decision.draw_growth(report, parts[0, 0])
+    decision.draw_nodes(report, parts[1, 0])
     figure.suptitle(f"{report.title}: {report.verdict.answer}")
     return figure
 
@@ -229,10 +229,10 @@ def main() -> None:
         case = digits(config)
     else:
         case = engines(config) if config.data == "cmapss" else own_file(config)
-    work = {"epochs": config.epochs, "batch_size": config.batch_size}
-    federation = jaxfl.federate(
-        jaxfl.fedavg(case.model.loss, case.optimizer, **work), jaxfl.mean()
+    algorithm = jaxfl.fedavg(
+        case.model.loss, case.optimizer, batch_size=config.batch_size
     )
+    federation = jaxfl.federate(algorithm, jaxfl.mean())
     params = jax.eval_shape(case.model.init, jax.random.key(0))
     federation = jaxfl.tune(federation, params, case.clients, verbose=False)
     private = None
@@ -255,7 +255,8 @@ def main() -> None:
             title=case.title,
             chunk_size=federation.chunk_size,
             mesh=jaxfl.client_mesh(),
-            **work,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
             **case.options,
         )
     except ValueError as error:

@@ -131,18 +131,17 @@ def read_table(
                 "column."
             ) from None
         if not np.isfinite(found).all():
-            row = numbers[
-                np.flatnonzero(~np.isfinite(found).reshape(len(found), -1).all(1))[0]
-            ]
+            fine = np.isfinite(found).reshape(len(found), -1).all(1)
             raise ValueError(
-                f"{path.name}: the column {name!r} is not finite in row {row}."
+                f"{path.name}: the column {name!r} is not finite in row "
+                f"{numbers[np.argmin(fine)]}."
             )
         return found
 
     whose, clients = _codes(columns[client])
     if len(clients) < 2:
         raise ValueError(
-            f"client: all rows of {path.name} are of one client, {clients[0]!r}; there "
+            f"client: all rows of {path.name} are of one client, {str(columns[client][0])!r}; there "
             "must be at least 2 to federate."
         )
     if task == "classification":
@@ -176,7 +175,7 @@ def _read_csv(path: Path) -> tuple[dict[str, np.ndarray], int]:
                 f"{path.name}: row {i + 2} has {len(row)} values, the header "
                 f"{len(header)} columns."
             )
-    columns = zip(*body, strict=True) if body else [()] * len(header)
+    columns = [*zip(*body, strict=True)] if body else [[]] * len(header)
     found = (np.array([v.strip() for v in column], str) for column in columns)
     return dict(zip(header, found, strict=True)), 2  # the header is line 1
 
@@ -193,9 +192,9 @@ def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], int]:
 def _is_missing(values: np.ndarray) -> np.ndarray:
     if values.dtype.kind in "US":
         short = np.char.lower(values.astype(f"U{max(map(len, MISSING)) + 1}"))
-        return np.isin(short, list(MISSING))
+        return np.asarray(np.isin(short, list(MISSING)))
     if values.dtype.kind == "f":
-        return np.isnan(values.reshape(len(values), -1)).any(1)
+        return np.asarray(np.isnan(values.reshape(len(values), -1)).any(1))
     return np.zeros(len(values), bool)
 
 

@@ -126,15 +126,16 @@ def fit_power_law(
     deviation = math.sqrt(((scores - mean) ** 2).sum() / max(freedom, 1))
     enough = points >= FEWEST_SIZES and runs > 1
     if not enough:
-        flat = np.array([mean[-1], 0.0, 1.0])
+        flat = np.array([[mean[-1], 0.0, 1.0]])
         why = (
             f"it takes {FEWEST_SIZES} sizes and 2 runs, and there were {points} "
             f"and {runs}"
         )
-        return PowerLaw(float(sizes[-1]), *flat.tolist(), flat[None], False, why)
+        return PowerLaw(float(sizes[-1]), float(mean[-1]), 0.0, 1.0, flat, False, why)
 
     best = _least_squares(ratio, mean[None])[0]
-    fitted = best[0] + best[1] * ratio ** -best[2]
+    limit, left, steepness = map(float, best)
+    fitted = limit + left * ratio**-steepness
     missed = math.sqrt(((mean - fitted) ** 2).sum() / max(points - 3, 1))
     noise = max(deviation / math.sqrt(runs), missed)
     rng = np.random.default_rng(seed)
@@ -153,7 +154,7 @@ def fit_power_law(
         why = "it still rises or falls too evenly to tell where it ends"
     elif high > STEEPNESS[1] / 1.05:
         why = "it bends too sharply for these sizes to tell how"
-    return PowerLaw(float(sizes[-1]), *best.tolist(), curves, not why, why)
+    return PowerLaw(float(sizes[-1]), limit, left, steepness, curves, not why, why)
 
 
 def _least_squares(ratio: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -317,7 +317,7 @@ def draw_nodes(r: "Report", figure: Any) -> None:
     axes.axhline(0, color="black", lw=0.8)
     # Few seeds make intervals that are far longer than there is to see.
     seen = np.concatenate([gain, tuned, [0]])
-    room = 0.15 * np.ptp(seen) + min(np.median(high - low), np.ptp(seen) + 1e-9)
+    room = 0.1 * np.ptp(seen) + min(np.median(high - low), 0.3 * np.ptp(seen)) + 1e-9
     axes.set_ylim(seen.min() - room, seen.max() + room)
     worth = f"{r.score} over own model" + (" (points)" if unit == 100 else "")
     axes.set(xlabel="nodes, sorted by what they gain", ylabel=worth)
@@ -326,7 +326,15 @@ def draw_nodes(r: "Report", figure: Any) -> None:
     if len(order) <= 30:
         axes.set_xticks(x, map(str, order))
         axes.set_xlabel("node, sorted by what it gains")
-    axes.legend(frameon=False, fontsize=8)
+    # Above the axes: intervals may be anywhere inside.
+    axes.legend(
+        frameon=False,
+        fontsize=8,
+        ncols=3,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        borderaxespad=0,
+    )
     _tidy(axes)
 
 

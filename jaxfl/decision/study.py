@@ -158,19 +158,19 @@ def plan_of(
     """
     n = len(train)
     # Equal shares of small nodes may be as many rows.
-    fractions = np.unique(np.asarray(fractions, np.float64))
-    counts = np.unique(np.asarray(counts))
+    shares = np.unique(np.asarray(fractions, np.float64))
+    numbers = np.unique(np.asarray(counts))
     federated, isolated, pooled = [], [], []
     for s in range(seeds):
         rng = np.random.default_rng((seed, s))
         order = [rng.permutation(own) for own in train]
         subsets = [
             of_rows(examples, [own[: max(2, math.ceil(f * len(own)))] for own in order])
-            for f in fractions
+            for f in shares
         ]
         everyone, whole = np.ones((rounds, n), bool), subsets[-1]
         rank = np.argsort(rng.permutation(n))
-        some = [np.broadcast_to(rank < m, (rounds, n)) for m in counts[:-1]]
+        some = [np.broadcast_to(rank < m, (rounds, n)) for m in numbers[:-1]]
         stay = rng.random((rounds, n)) >= dropout
         isolated += [(s, data, everyone) for data in subsets]
         federated += [(s, data, everyone) for data in subsets]
@@ -188,7 +188,7 @@ def plan_of(
         seed, data, alive = zip(*each, strict=True)
         return Points(np.array(seed), stack(data), np.stack(alive))
 
-    return Plan(fractions, counts, *map(points, (federated, isolated, pooled)))
+    return Plan(shares, numbers, *map(points, (federated, isolated, pooled)))
 
 
 def study(
@@ -222,16 +222,15 @@ def study(
     clients = dataclasses.replace(clients, examples=examples)
     n = clients.num_clients
     if heldout is None:
-        train, heldout = split(clients, holdout, seed=0)
+        train, own = split(clients, holdout, seed=0)
     else:
-        train = client_rows(clients)
-        heldout = jax.tree.map(jnp.asarray, heldout)
+        train, own = client_rows(clients), jax.tree.map(jnp.asarray, heldout)
     if test is None:
-        rows = np.sort(np.concatenate(client_rows(heldout)))
-        test = jax.tree.map(lambda a: jnp.asarray(a)[rows], heldout.examples)
+        rows = np.sort(np.concatenate(client_rows(own)))
+        test = jax.tree.map(lambda a: jnp.asarray(a)[rows], own.examples)
     test = jax.tree.map(jnp.asarray, test)
     if counts is None:
-        counts = np.unique(np.geomspace(1, n, 5).round().astype(int)).tolist()
+        counts = [*map(int, np.unique(np.geomspace(1, n, 5).round()))]
     arranged = plan_of(
         *(examples, train),
         rounds=rounds,
@@ -303,8 +302,8 @@ def study(
                         state.params, (), data[i], jax.random.fold_in(tune_key, i)
                     )
 
-                own = jax.lax.map(tuned, jnp.arange(n))
-                found["tuned"] = looked_at(own, True, heldout, test)
+                at_home = jax.lax.map(tuned, jnp.arange(n))
+                found["tuned"] = looked_at(at_home, True, heldout, test)
             return (), found
 
         d = points.data
@@ -316,7 +315,7 @@ def study(
         xs = jax.tree.map(
             lambda a: np.concatenate([a, np.repeat(a[-1:], extra, 0)]), xs
         )
-        shared = examples, heldout, test, key
+        shared = examples, own, test, key
         program = jax.jit(
             lambda shared, xs: map_clients(
                 run, shared, xs, chunk_size=chunk, mesh=mesh
