@@ -79,7 +79,13 @@ class Settings:
 
 
 PRESETS = {
-    "ci": Settings("ci", "embedded", rounds=5, hidden=(16,), heldout=500),
+    "ci": Settings(
+        *("ci", "embedded", 6),
+        batch_size=100,
+        learning_rate=0.2,
+        hidden=(16,),
+        heldout=500,
+    ),
     "mnist_one_class": Settings("mnist_one_class", "embedded", rounds=40),
     "mnist_iid": Settings(
         *("mnist_iid", "files", 6),

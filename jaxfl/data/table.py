@@ -141,8 +141,8 @@ def read_table(
     whose, clients = _codes(columns[client])
     if len(clients) < 2:
         raise ValueError(
-            f"client: all rows of {path.name} are of one client, {str(columns[client][0])!r}; there "
-            "must be at least 2 to federate."
+            f"client: all rows of {path.name} are of one client, "
+            f"{str(columns[client][0])!r}; there must be at least 2 to federate."
         )
     if task == "classification":
         y, classes = _codes(columns[label])
