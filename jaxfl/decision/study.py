@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -268,7 +269,8 @@ def study(
         seen, overall = jax.lax.map(one, (of_nodes, *ranges))
         return seen, overall.mean(0) if of_each else common(models)
 
-    def runs(points: Points, algorithm, channel, kind: str):
+    def lower(points: Points, algorithm, channel, kind: str):
+        """The program of all runs of a kind, its arguments, and how many they are."""
         federation = federate(algorithm, channel, chunk_size=chunk_size)
 
         def run(shared, x):
@@ -321,23 +323,42 @@ def study(
                 run, shared, xs, chunk_size=chunk, mesh=mesh
             )[1]
         )
-        found = jax.device_get(program(shared, xs))
+        return program.lower(shared, xs), (shared, xs), count
+
+    def seen_of(compiled, arguments, count):
+        found = jax.device_get(compiled(*arguments))
         return jax.tree.map(lambda a: a[:count].reshape(seeds, -1, *a.shape[1:]), found)
 
     f, m = len(arranged.fractions), len(arranged.counts)
     averaged = fedavg(model.loss, optimizer, server_optimizer, **work)
-    fed = runs(arranged.federated, averaged, channel or mean(), "federated")
-    lone = runs(
-        arranged.isolated, isolated(model.loss, alone, **work), identity(), "isolated"
-    )
     together = fedavg(
         model.loss,
         pooled_optimizer or optimizer,
-        **local.Work(
-            batch_size=batch_size, steps=steps * n
-        ),  # the one node does the work of all
+        # The one node does the work of all.
+        **local.Work(batch_size=batch_size, steps=steps * n),
     )
-    pooled = runs(arranged.pooled, together, mean(), "pooled")
+    lonely = isolated(model.loss, alone, **work)
+    programs = {
+        "federated": (arranged.federated, averaged, channel or mean()),
+        "isolated": (arranged.isolated, lonely, identity()),
+        "pooled": (arranged.pooled, together, mean()),
+    }
+    if private is not None:
+        last = np.arange(seeds) * (f + m) + f - 1
+        whole, d = arranged.federated, arranged.federated.data
+        picked = dataclasses.replace(
+            d, index=d.index[last], start=d.start[last], size=d.size[last]
+        )
+        noisy = Points(whole.seed[last], picked, whole.alive[last])
+        programs["private"] = noisy, averaged, private
+    lowered = {name: lower(*parts, name) for name, parts in programs.items()}
+    with ThreadPoolExecutor() as threads:  # to compile takes longest in small studies
+        compiled = threads.map(lambda x: x[0].compile(), lowered.values())
+    found = {
+        name: seen_of(program, *rest)
+        for program, (name, (_, *rest)) in zip(compiled, lowered.items(), strict=True)
+    }
+    fed, lone, pooled = (found[name] for name in ("federated", "isolated", "pooled"))
 
     def at(found, place, name="scores"):
         return Scores(*(x[:, place] for x in found[name]))
@@ -350,17 +371,11 @@ def study(
         "dropout": at(fed, -1),
     }
     if private is not None:
-        last = np.arange(seeds) * (f + m) + f - 1
-        whole, d = arranged.federated, arranged.federated.data
-        picked = dataclasses.replace(
-            d, index=d.index[last], start=d.start[last], size=d.size[last]
-        )
-        noisy = Points(whole.seed[last], picked, whole.alive[last])
-        scores["private"] = at(runs(noisy, averaged, private, "private"), 0)
+        scores["private"] = at(found["private"], 0)
 
     curves = {}
-    for name, found in (("isolated", lone), ("federated", fed), ("pooled", pooled)):
-        own, overall = found["scores"]
+    for name, each in (("isolated", lone), ("federated", fed), ("pooled", pooled)):
+        own, overall = each["scores"]
         curves[f"{name}, own"] = np.nanmean(own, -1).mean(-1)
         curves[name] = overall.mean(-1)
     by_fraction = {name: c[:, :f] for name, c in curves.items()}
