@@ -136,7 +136,6 @@ def engines(config: Settings) -> Case:
         life = jnp.minimum(life, turbofan_models.CAP)
         return {"error (cycles)": jnp.abs(turbofan_models.CAP * outputs[:, 0] - life)}
 
-    adam = optax.adam(1e-3)
     return Case(
         "C-MAPSS turbofans, the fleets FD001 to FD004",
         clients,
@@ -152,12 +151,8 @@ def engines(config: Settings) -> Case:
             "heldout": from_arrays(test["x"], test["y"], subset),
             "score": "error (cycles)",
             "higher": False,
-            "isolated_optimizer": adam,
-            "pooled_optimizer": adam,
             "notes": [
                 "The remaining life is capped at 125 cycles, in training and test.",
-                "FedAvg's clients take SGD with momentum; nodes alone and the pooled "
-                "model take Adam, which suits them better.",
             ],
         },
     )

@@ -118,8 +118,8 @@ def sections(r: "Report") -> list[Section]:
             about="the gain of every node on its own examples, with intervals",
         ),
         Section("What it costs", *_costs(r)),
-        Section("What was run", [f"{k}: {v}." for k, v in set_up.items()]),
-        Section("The rules", RULES),
+        Section("What was run", [f"- {k}: {v}" for k, v in set_up.items()]),
+        Section("The rules", [f"- {rule}" for rule in RULES]),
     ]
     return found
 
@@ -157,10 +157,12 @@ def _times(r: "Report") -> str:
             f"learning curve: {r.alone.why}."
         )
     if not math.isfinite(best):
-        least = f" (at the least {_factor(low)})" if math.isfinite(low) else ""
+        least = ""
+        if math.isfinite(low):
+            least = f"; the interval begins at {_factor(low)} as much"
         return (
-            "No amount of data at each node alone would do as well, by its learning "
-            f"curve{least}."
+            "By its learning curve no amount of data of its own would make a node "
+            f"alone as good{least}."
         )
     return (
         f"A node alone would need {_factor(best)} its data to do as well "
@@ -176,7 +178,11 @@ def _factor(x: float) -> str:
 
 def _growth(r: "Report") -> list[str]:
     s = r.score
-    text = [_times(r)]
+    text = [
+        "All points have as many steps of training, so that the curves are of data "
+        "alone; more steps might move all of them.",
+        _times(r),
+    ]
     for name, law in (("isolated nodes", r.alone), ("the federation", r.together)):
         if law.identifiable:
             text.append(
@@ -214,10 +220,13 @@ def _who(r: "Report") -> list[str]:
     text = [
         "By the federated model instead of its own, on the node's own held-out "
         f"examples: {spread}; {(gain > 0).mean():.0%} of the nodes are better off.",
-        f"{lose.sum()} lose for certain and by as much as matters, and "
-        f"{after.sum()} of them also after fine-tuning at home.",
+        "No node loses for certain and by as much as matters.",
     ]
     if lose.any():
+        text[-1] = (
+            f"{lose.sum()} lose for certain and by as much as matters, {after.sum()} "
+            "of them also after fine-tuning at home."
+        )
         first = np.flatnonzero(lose)
         listed = ", ".join(map(str, first[:20])) + (" ..." if len(first) > 20 else "")
         text.append(f"Nodes that lose: {listed}.")
@@ -319,10 +328,12 @@ def draw_nodes(r: "Report", figure: Any) -> None:
     seen = np.concatenate([gain, tuned, [0]])
     room = 0.1 * np.ptp(seen) + min(np.median(high - low), 0.3 * np.ptp(seen)) + 1e-9
     axes.set_ylim(seen.min() - room, seen.max() + room)
-    worth = f"{r.score} over own model" + (" (points)" if unit == 100 else "")
-    axes.set(xlabel="nodes, sorted by what they gain", ylabel=worth)
-    if not r.higher:
-        axes.set_ylabel(f"{worth}, reduction")
+    more = "gain" if r.higher else "reduction"
+    unit_name = " (points)" if unit == 100 else ""
+    axes.set(
+        xlabel="nodes, sorted by what they gain",
+        ylabel=f"{more} of {r.score}{unit_name}",
+    )
     if len(order) <= 30:
         axes.set_xticks(x, map(str, order))
         axes.set_xlabel("node, sorted by what it gains")
