@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import optax
 import pytest
 
 import jaxfl
-from jaxfl import decision, models
+from jaxfl import decision, local, models
 from jaxfl.decision import study as runs
 from jaxfl.decision.verdict import FEWEST_HELDOUT
 
@@ -199,7 +200,7 @@ def population(n=3, rows=20):
     return jaxfl.from_arrays(x[: len(ids)], y[: len(ids)], ids, n)
 
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "rounds": 3,
     "key": jax.random.key(3),
     "batch_size": 4,
@@ -265,7 +266,7 @@ def test_points_of_the_program_are_runs_by_themselves(found):
         counts=(1, 3),
         dropout=0.3,
     )
-    work = {"batch_size": 4, "steps": 3}
+    work = local.Work(batch_size=4, steps=3)
     loss, sgd = linear().loss, optax.sgd(0.05)
 
     def error(params):

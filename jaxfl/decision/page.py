@@ -118,7 +118,14 @@ def sections(r: "Report") -> list[Section]:
             about="the gain of every node on its own examples, with intervals",
         ),
         Section("What it costs", *_costs(r)),
-        Section("What was run", [f"- {k}: {v}" for k, v in set_up.items()]),
+        Section(
+            "What was run",
+            [
+                *(f"- {k}: {v}" for k, v in set_up.items()),
+                "- the pooled model takes as many steps, in a row, as all nodes "
+                "together",
+            ],
+        ),
         Section("The rules", [f"- {rule}" for rule in RULES]),
     ]
     return found

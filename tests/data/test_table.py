@@ -1,12 +1,14 @@
 """A user's own file: what is read of it, and what is said of a bad one."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from jaxfl.data import read_table
 
 GOOD = "site,age,dose,ill\n10,61,0.5,yes\n9,35,-1e-3,no\n10,40,2,no\n"
-OPTIONS = {"client": "site", "label": "ill"}
+OPTIONS: dict[str, Any] = {"client": "site", "label": "ill"}
 
 
 def written(folder, text):
