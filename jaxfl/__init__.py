@@ -14,6 +14,7 @@ from jaxfl import (
     compress,
     contribution,
     data,
+    decision,
     drift,
     evaluate,
     faults,
@@ -75,6 +76,7 @@ from jaxfl.core import (
     State,
 )
 from jaxfl.data.federated import ClientData, from_arrays
+from jaxfl.decision.report import should_i_federate
 from jaxfl.dense import fused_dot
 from jaxfl.downlink import downlink
 from jaxfl.evaluate import compare, on_server
@@ -191,6 +193,8 @@ __all__ = [
     "evaluate",
     "compare",
     "on_server",
+    "should_i_federate",
+    "decision",
     "contribution",
     "drift",
     "plot",

@@ -121,7 +121,7 @@ def dry_run(
     return Estimate(
         chunk_size=federation.chunk_size,
         devices=devices,
-        flops=_flops(_round(federation, params, data, k)),
+        flops=flops(federation, params, data, cohort_size=cohort_size),
         bits_down=float(asked * tree.num_bits(broadcast)),
         bits_up=float(asked * tree.num_bits(payload)),
         peak_bytes=_peak_bytes(federation, params, data, k),
@@ -129,6 +129,37 @@ def dry_run(
             _typical_sizes(data, k), federation.chunk_size, devices
         ),
     )
+
+
+def flops(
+    federation: Federation,
+    params: Params,
+    data: Data | OnHost,
+    *,
+    cohort_size: int | Poisson | Cyclic | Schedule | None = None,
+) -> float:
+    """Floating-point operations of a round, see `Estimate`; nothing is compiled.
+
+    Args:
+      federation, params, data, cohort_size: as for `dry_run`.
+
+    Raises:
+      ValueError: if cohort_size is not between 1 and N.
+
+    >>> import optax
+    >>> from jaxfl import fedavg, federate, from_arrays, mean
+    >>> def loss(w, batch, key):
+    ...     return (w - batch["y"]) ** 2
+    >>> data = from_arrays(np.ones(6), np.ones(6), [0, 0, 0, 1, 1, 1])
+    >>> federation = federate(fedavg(loss, optax.sgd(0.1), batch_size=1), mean())
+    >>> few = flops(federation, jnp.float32(0), data, cohort_size=1)
+    >>> few < flops(federation, jnp.float32(0), data) < 3 * few
+    True
+    """
+    data = population_of(data)
+    n = population_size(data)
+    k = min(cohort_rows(cohort_size, n), n)
+    return _flops(_round(federation, params, data, k))
 
 
 def tune(

@@ -24,6 +24,7 @@ from experiments import (
     mnist_skews,
     node_curves,
     personalisation,
+    should_i_federate,
     speed,
     turbofan_models,
     turbofan_tycoon,
@@ -96,7 +97,7 @@ def test_every_experiment_is_tested_here():
             "hitaj2017",
             "stragglers",
             "personalisation",
-            *("turbofan", "maintenance", "contribution"),
+            *("turbofan", "maintenance", "should_i_federate", "contribution"),
         }
     )
 
@@ -147,6 +148,48 @@ needs_files = pytest.mark.skipif(
     not os.environ.get("JAXFL_DATA_DIR"),
     reason="JAXFL_DATA_DIR is not set: no original C-MAPSS files",
 )
+
+
+def test_should_i_federate(tmp_path):
+    done = run(tmp_path, "should_i_federate", "--preset", "ci")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "results" / "should_i_federate"
+    files = {f"should_i_federate.{kind}" for kind in ("png", "svg")}
+    files |= {f"report.{kind}" for kind in ("html", "md", "json")}
+    assert {f.name for f in folder.iterdir()} == files | {
+        *("summary.json", "history.csv")
+    }
+    summary = json.loads((folder / "summary.json").read_text())
+    # Each node has one class: alone it is right on a tenth of all digits.
+    assert summary["verdict"]["answer"] == "federate"
+    assert summary["means"]["isolated"]["overall"] < 0.15
+    assert any("only one label" in caveat for caveat in summary["caveats"])
+    with open(folder / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * (6 * 4 + 4 * 5)  # seeds; curves over rows, over nodes
+    assert "Verdict: federate" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("site,x,label\n1,2,0\n2,,1\n", (), "lacks values in 1 of 2 rows"),
+        ("site,x,label\n1,2,0\n1,3,1\n", (), "one client"),
+        ("site,x,label\n1,2,0\n2,3,0\n", (), "nothing to learn"),
+        ("site,x,label\n1,2,0\n2,3,1\n", ("--label-column", "ill"), "no column 'ill'"),
+        ("site,x,label\n1,2,0\n2,3,1\n", (), "fewer than two clients have 20 rows"),
+    ],
+)
+def test_should_i_federate_says_what_is_wrong_with_a_file(
+    tmp_path, monkeypatch, text, arguments, message
+):
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    given = ("prog", "--data", str(path), "--client-column", "site", *arguments)
+    monkeypatch.setattr(sys, "argv", [*given])
+    monkeypatch.setattr(jaxfl, "cores_as_devices", lambda: None)
+    with pytest.raises(SystemExit, match=message):
+        should_i_federate.main()
 
 
 @needs_files

@@ -27,6 +27,7 @@ from jaxfl.data.partition import (
 from jaxfl.data.readers import read_fedjax, read_leaf, read_tff
 from jaxfl.data.shakespeare import shakespeare
 from jaxfl.data.synthetic import synthetic
+from jaxfl.data.table import Table, read_table
 
 __all__ = [
     "ClientData",
@@ -57,6 +58,8 @@ __all__ = [
     "read_leaf",
     "read_fedjax",
     "read_tff",
+    "read_table",
+    "Table",
     "data_root",
     "read_checked",
 ]
