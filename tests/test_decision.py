@@ -67,6 +67,7 @@ def test_curves_that_tell_no_limit_say_so():
     for few in (falling[:1], falling[:, :3]):
         law = decision.fit_power_law(SIZES[: few.shape[1]], few)
         assert not law.identifiable and "4 sizes and 2 runs" in law.why
+        assert np.isinf(law.times(law.limit + 1)).all()  # not reached by a flat curve
 
 
 def test_power_law_refuses():

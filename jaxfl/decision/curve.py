@@ -57,13 +57,13 @@ class PowerLaw:
 
         Returns:
           `[3]`: by the fit, the lower and the upper end of the interval; infinite where
-          the score is beyond the limit.
+          the score is beyond the limit, or the curve is flat.
         """
         each = np.vstack([[self.limit, self.left, self.steepness], self.samples])
         limit, left, c = each.T
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             rest = (score - limit) / left
-            factor = np.where(rest > 0, rest ** (-1 / c), np.inf)
+            factor = np.where((rest > 0) & (left != 0), rest ** (-1 / c), np.inf)
         tail = (1 - confidence) / 2
         # Not between two samples: one of them may be infinite.
         low, high = np.quantile(factor[1:], [tail, 1 - tail], method="nearest")
