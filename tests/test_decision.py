@@ -345,6 +345,24 @@ def test_subsets_are_nested_and_of_the_sizes_asked_for():
     assert plan.pooled.data.size[:, 0].tolist() in ([9, 17, 10], [9, 17, 7])
 
 
+def test_curves_of_small_nodes_are_over_the_rows_that_they_have():
+    """No node trains on fewer than two, and as many rows are one point."""
+    train = [np.arange(6), 6 + np.arange(10)]
+    plan = runs.plan_of(
+        *({"x": np.arange(16.0)}, train),
+        rounds=1,
+        seeds=1,
+        fractions=(1 / 10, 1 / 8, 1 / 2, 1),
+        counts=(2,),
+        dropout=0.5,
+    )
+    assert plan.fractions.tolist() == [1 / 8, 1 / 2, 1]
+    rows = runs.rows_at([6, 10], plan.fractions)
+    assert rows.tolist() == [[2, 2], [3, 5], [6, 10]]
+    np.testing.assert_array_equal(plan.federated.data.size[:3], rows)
+    assert made_up(0.5, 0.8, train=20).sizes.tolist() == [3, 5, 10, 20]
+
+
 def test_what_it_costs_is_counted(found):
     costs = found["report"].costs
     assert costs["bytes down"] == 3 * 3 * 4  # rounds, parameters, float32
@@ -369,7 +387,9 @@ def jaxfl_epsilon(rounds):
 # --------------------------------------------------------------------------- the report
 
 
-def made_up(isolated, federated, tuned=None, pooled=None, n=4, held=60, constant=()):
+def made_up(
+    isolated, federated, tuned=None, pooled=None, n=4, held=60, constant=(), train=80
+):
     """A study whose regimes are right with these probabilities, `[N]` or one."""
     rng = np.random.default_rng(0)
 
@@ -387,7 +407,7 @@ def made_up(isolated, federated, tuned=None, pooled=None, n=4, held=60, constant
     curves = {k: np.mean(v) - gap + noise for k, v in p.items()}
     curves |= {f"{k}, own": v for k, v in curves.items()}
     study = decision.Study(
-        train=np.full(n, 80),
+        train=np.full(n, train),
         fractions=fractions,
         counts=np.array([1, 2, 3, 4]),
         scores={k: scores(v) for k, v in p.items()},

@@ -16,7 +16,7 @@ from jaxfl.core import Channel
 from jaxfl.data.federated import ClientData
 from jaxfl.decision import page
 from jaxfl.decision.curve import PowerLaw, fit_power_law
-from jaxfl.decision.study import Study, study
+from jaxfl.decision.study import Study, rows_at, study
 from jaxfl.decision.verdict import (
     FEWEST_HELDOUT,
     Effect,
@@ -377,7 +377,7 @@ def report_of(
         show=lambda x: page.difference(x, score),
     )
 
-    sizes = found.fractions * found.train.mean()
+    sizes = rows_at(found.train, found.fractions).mean(1)
     suffix = ", own" if own else ""
     alone, together = (
         fit_power_law(

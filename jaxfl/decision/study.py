@@ -1,7 +1,6 @@
 """The runs behind the decision: every subset, set of nodes and seed as one program."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -48,7 +47,8 @@ class Study:
 
     Attributes:
       train: int `[N]`, examples that each node trains on.
-      fractions: `[F]`, of them, in the points of the curves over examples.
+      fractions: `[F]`, of them, in the points of the curves over examples; a node has
+        `rows_at` it.
       counts: int `[M]`, nodes in the points of the curves over nodes.
       scores: with all data and all nodes; "isolated", "federated", "pooled", "tuned"
         (federated, then trained at each node for a round's steps), "dropout", and
@@ -117,6 +117,18 @@ def of_rows(examples: PyTree, rows: Sequence[np.ndarray]) -> ClientData:
     )
 
 
+def rows_at(train: Any, fractions: Any) -> np.ndarray:
+    """Rows that each node trains on in the points of a curve, int `[F, N]`.
+
+    >>> rows_at([3, 16], [0.125, 1.0]).tolist()  # never fewer than two
+    [[2, 2], [3, 16]]
+    """
+    train, fractions = np.asarray(train), np.asarray(fractions)
+    return np.maximum(np.minimum(train, 2), np.ceil(np.outer(fractions, train))).astype(
+        int
+    )
+
+
 class Points(NamedTuple):
     """Runs of one program: whose data and whose participation, and the key.
 
@@ -154,20 +166,24 @@ def plan_of(
 ) -> Plan:
     """Draws the subsets of each seed: of rows and of nodes, the smaller in the larger.
 
-    A seed has F points with all nodes and shares of their rows, the last with all of
-    them; M - 1 with fewer nodes; and, federated, one whose nodes drop out.
+    A seed has F points with all nodes and shares of their rows (those of which two are
+    as many rows are one), the last with all of them; M - 1 with fewer nodes; and,
+    federated, one whose nodes drop out.
     """
     n = len(train)
-    # Equal shares of small nodes may be as many rows.
     shares = np.unique(np.asarray(fractions, np.float64))
+    rows = rows_at([len(own) for own in train], shares)
+    # Of small nodes different shares may be as many rows.
+    different = np.append(np.diff(rows.sum(1)) > 0, True)
+    shares, rows = shares[different], rows[different]
     numbers = np.unique(np.asarray(counts))
     federated, isolated, pooled = [], [], []
     for s in range(seeds):
         rng = np.random.default_rng((seed, s))
         order = [rng.permutation(own) for own in train]
         subsets = [
-            of_rows(examples, [own[: max(2, math.ceil(f * len(own)))] for own in order])
-            for f in shares
+            of_rows(examples, [own[:k] for own, k in zip(order, of_each, strict=True)])
+            for of_each in rows
         ]
         everyone, whole = np.ones((rounds, n), bool), subsets[-1]
         rank = np.argsort(rng.permutation(n))
