@@ -396,7 +396,8 @@ def made_up(
     def scores(p):
         p = np.broadcast_to(p, n)[:, None]
         own = (rng.random((3, n, held)) < p).astype(float)
-        return decision.Scores(own, (rng.random((3, 900)) < p.mean()).astype(float))
+        overall = (rng.random((3, 900)) < p.mean()).astype(float) + 0 * p.mean()
+        return decision.Scores(own, overall)
 
     pooled = federated if pooled is None else pooled
     p = {"isolated": isolated, "federated": federated, "pooled": pooled}
@@ -509,11 +510,19 @@ def test_titles_are_escaped():
         ({"dropout": 1.0}, "dropout must be"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"holdout": 1.5}, "holdout must be"),
+        ({"private": jaxfl.mean()}, "adds no noise"),
         ({"heldout": population(2)}, "heldout has 2 clients and clients 3"),
         ({"test": {"x": np.zeros((0, 3)), "y": np.zeros(0)}}, "no examples"),
     ],
 )
-def test_bad_arguments(options, message):
+def test_bad_arguments(monkeypatch, options, message):
     options = {"clients": population(), **OPTIONS} | options
+    monkeypatch.setattr("jaxfl.decision.study.fedavg", pytest.fail)  # nothing is run
     with pytest.raises(ValueError, match=message):
         jaxfl.should_i_federate(linear(), optax.sgd(0.05), **options)
+
+
+def test_diverged_training_has_no_verdict():
+    """What is not a number is neither a loss nor within the noise."""
+    with pytest.raises(ValueError, match="of isolated models is not finite"):
+        made_up(np.array([0.5, 0.5, 0.5, np.nan]), 0.9)

@@ -218,7 +218,8 @@ def should_i_federate(
 
     Raises:
       ValueError: if there are fewer than two nodes, one has too few examples, an
-        argument is out of range, or the model has no such metric.
+        argument is out of range, the private channel has no guarantee, or the model
+        has no such metric; after the runs, if a score is not finite.
 
     Example:
       ```python
@@ -243,6 +244,14 @@ def should_i_federate(
         seeds=seeds,
         at_once=at_once,
     )
+    n, guarantee = clients.num_clients, {}
+    if private is not None:  # before the runs: it refuses what has no guarantee
+        from jaxfl import accounting
+
+        guarantee["epsilon"] = accounting.epsilon(
+            private, population=n, cohort=None, rounds=rounds, delta=delta
+        )
+        guarantee["delta"] = delta
     found = study(
         *(model, optimizer, clients),
         rounds=rounds,
@@ -266,19 +275,12 @@ def should_i_federate(
         at_once=at_once,
         mesh=mesh,
     )
-    n = clients.num_clients
     costs = {
         "bytes up": found.bytes_up,
         "bytes down": found.bytes_down,
         "FLOP": found.flops,
+        **guarantee,
     }
-    if private is not None:
-        from jaxfl import accounting
-
-        costs["epsilon"] = accounting.epsilon(
-            private, population=n, cohort=None, rounds=rounds, delta=delta
-        )
-        costs["delta"] = delta
     setting = {
         "nodes": n,
         "rounds": rounds,
@@ -327,7 +329,17 @@ def report_of(
       score, higher, judged, worth, confidence, bytes_allowed, notes, title: see
         `should_i_federate`.
       costs, setting: see `Report`.
+
+    Raises:
+      ValueError: if a score is not finite.
     """
+    for name, s in found.scores.items():
+        if not np.isfinite(s.overall).all():
+            raise ValueError(
+                f"score: some of {score!r} of {name} models is not finite: their "
+                "training diverged. Let rates be smaller, of these models alone by an "
+                "optimizer of their own."
+            )
     sign = 1.0 if higher else -1.0
     means = {
         name: {
