@@ -201,6 +201,13 @@ def population(n=3, rows=20):
     return jaxfl.from_arrays(x[: len(ids)], y[: len(ids)], ids, n)
 
 
+def sized(*sizes):
+    """As many rows of as many clients."""
+    ids = np.repeat(np.arange(len(sizes)), sizes)
+    x = np.zeros((len(ids), 3), np.float32)
+    return jaxfl.from_arrays(x, x[:, 0], ids, len(sizes))
+
+
 OPTIONS: dict[str, Any] = {
     "rounds": 3,
     "key": jax.random.key(3),
@@ -507,11 +514,15 @@ def test_titles_are_escaped():
         ({"confidence": 95}, "confidence must be"),
         ({"fractions": (0.5,)}, "with a 1"),
         ({"counts": (1, 2)}, "the last 3"),
+        ({"counts": ()}, "the last 3"),
         ({"dropout": 1.0}, "dropout must be"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"holdout": 1.5}, "holdout must be"),
         ({"private": jaxfl.mean()}, "adds no noise"),
         ({"heldout": population(2)}, "heldout has 2 clients and clients 3"),
+        ({"clients": sized(9, 1, 9), "heldout": population()}, "client 1 has 1"),
+        ({"heldout": sized(9, 0, 9)}, "must have 1 examples .* node 1 has 0"),
+        ({"heldout": sized(9, 9, 1), "judged": "own"}, "must have 2 .* node 2 has 1"),
         ({"test": {"x": np.zeros((0, 3)), "y": np.zeros(0)}}, "no examples"),
     ],
 )

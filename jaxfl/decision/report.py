@@ -178,15 +178,17 @@ def should_i_federate(
     Args:
       model: what is trained.
       optimizer: of every node.
-      clients: the population, N >= 2 nodes of at least 4 examples.
+      clients: the population, N >= 2 nodes of at least 4 examples; of 2 if `heldout`
+        is given.
       test: common examples, a pytree of `[T, ...]` arrays: what all nodes together will
         meet. By default all nodes' held-out examples.
       rounds: R.
       key: of the study.
       epochs: passes of a mean node over its examples in a round.
       batch_size: B, examples a step.
-      heldout: each node's own held-out examples, N nodes, if they are given; else
-        `holdout` of each node's examples are held out, the same in all runs.
+      heldout: each node's own held-out examples, N nodes, if they are given, at least
+        one each, and two if those are `judged`; else `holdout` of each node's examples
+        are held out, the same in all runs.
       holdout: that share.
       score: the metric of `model.metrics` that decides.
       higher: whether more of it is better.
@@ -536,15 +538,25 @@ def _check(
     shares = np.asarray(fractions, np.float64)
     if shares.ndim != 1 or not len(shares) or shares.min() <= 0 or shares.max() != 1:
         raise ValueError(f"fractions must be in (0, 1], with a 1, got {fractions}.")
-    if counts is not None and (min(counts) < 1 or max(counts) != n):
+    if counts is not None and (not len(counts) or min(counts) < 1 or max(counts) != n):
         raise ValueError(f"counts must be from 1 to {n}, the last {n}, got {counts}.")
     if heldout is not None and heldout.num_clients != n:
         raise ValueError(
             f"heldout has {heldout.num_clients} clients and clients {n}; node i's own "
             "examples should be client i's of both."
         )
-    if heldout is not None and heldout.shortest < 1:
-        raise ValueError("heldout: every node must have an example of its own.")
+    # On one example alone there is no telling how much examples differ.
+    least = 2 if judged == "own" else 1
+    if heldout is not None and np.min(heldout.size) < least:
+        raise ValueError(
+            f"heldout: every node must have {least} examples of its own or more, and "
+            f"node {np.argmin(heldout.size)} has {np.min(heldout.size)}."
+        )
+    if heldout is not None and np.min(clients.size) < 2:
+        raise ValueError(
+            f"clients: each must have 2 examples to train on or more, and client "
+            f"{np.argmin(clients.size)} has {np.min(clients.size)}."
+        )
     if test is not None and not all(len(a) for a in jax.tree.leaves(test)):
         raise ValueError("test: there are no examples.")
     row = jax.tree.map(
