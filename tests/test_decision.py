@@ -153,6 +153,7 @@ def known(low, high):
     return decision.Effect(middle, (high - low) / 4, 0.0, low, high)
 
 
+FEW_TESTS = decision.Effect(0.0, 0.0, 0.01, -0.02, 0.02)
 CLEAR, NONE, WIDE = known(0.2, 0.3), known(-0.01, 0.01), known(-0.1, 0.2)
 
 
@@ -169,8 +170,11 @@ CLEAR, NONE, WIDE = known(0.2, 0.3), known(-0.01, 0.01), known(-0.1, 0.2)
         (NONE, NONE, WIDE, 0, 0, "not worth it", "All data in one place"),
         (known(-0.3, -0.2), NONE, CLEAR, 0, 0, "not worth it", "-0.25"),
         (WIDE, WIDE, CLEAR, 0, 0, "not shown", "that of seeds"),
-        (known(0.01, 0.08), NONE, CLEAR, 0, 0, "not shown", "noise"),
-        (NONE, WIDE, CLEAR, 0, 0, "not shown", "noise"),
+        # That there is a gain is certain, but not that it is worth it.
+        (known(0.01, 0.08), NONE, CLEAR, 0, 0, "not shown", "whether it is that much"),
+        # The noise is that of what is in doubt.
+        (FEW_TESTS, WIDE, CLEAR, 0, 0, "not shown", "that of seeds"),
+        (WIDE, FEW_TESTS, CLEAR, 0, 0, "not shown", "that of seeds"),
     ],
 )
 def test_every_rule(gain, tuned, pooled, losers, left, answer, says):

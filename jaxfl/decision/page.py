@@ -137,8 +137,9 @@ RULES = (
     "Federate with personalisation, if so and some nodes lose on their own examples "
     "(by as much, and beyond chance in the worst of N nodes) of which fewer do after "
     "fine-tuning; or if only the fine-tuned model gains.",
-    "Not worth it, if the whole interval is below what is worth it.",
-    "Not shown, otherwise: it is within the noise of seeds and test size.",
+    "Not worth it, if the whole interval is below what is worth it, fine-tuned or not.",
+    "Not shown, otherwise: whether there is such a gain is within the noise of seeds "
+    "and test size.",
 )
 
 

@@ -163,7 +163,8 @@ def judge(
        the model as it is was not.
     3. "not worth it": the intervals of both gains are below `worth`: even the best
        that the runs allow would not be worth the trouble.
-    4. "not shown": the rest. The difference is within the noise of seeds and test.
+    4. "not shown": the rest. Whether there is a gain of that size is within the noise
+       of seeds and test.
 
     Args:
       gain: federated less isolated, for the better, on the judged examples.
@@ -172,7 +173,7 @@ def judge(
       pooled: pooled less isolated; says why it is not worth it.
       worth: the least gain that is worth the trouble, in the unit of the score.
       losers: nodes that lose with the federated model.
-      losers_tuned: nodes that lose after fine-tuning.
+      losers_tuned: those of them that lose after fine-tuning too.
       show: how to write a difference.
 
     Returns:
@@ -225,11 +226,15 @@ def judge(
         else:
             because += f" All data in one place: {of(pooled)}."
         return Verdict("not worth it", because)
-    larger = "seeds" if gain.of_seeds > gain.of_examples else "test examples"
-    because = (
-        f"Federating gains {of(gain)} over nodes on their own; {least}, and the "
-        f"difference is within the noise of seeds and test size. Most of the noise is "
-        f"that of {larger}: use more of them."
+    because = f"Federating gains {of(gain)} over nodes on their own"
+    unsure = gain
+    if gain.high < worth:
+        unsure = tuned
+        because += f", and fine-tuned at each node {of(tuned)}"
+    larger = "seeds" if unsure.of_seeds > unsure.of_examples else "test examples"
+    because += (
+        f"; {least}, and whether it is that much is within the noise of seeds and test "
+        f"size. Most of the noise is that of {larger}: use more of them."
     )
     return Verdict("not shown", because)
 
