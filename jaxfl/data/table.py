@@ -54,16 +54,18 @@ def read_table(
       client: the column that says whose a row is.
       label: the column to predict.
       task: whether labels are classes or numbers.
-      missing: what to do where a value is missing (empty, NA, NaN, null, ?): raise, or
-        leave the row out.
+      missing: what to do where a value is missing (empty, NA, N/A, NaN, null, none, ?,
+        in small letters or large, of clients and labels too): raise, or leave the row
+        out.
       ignore: columns to leave out.
 
     Returns:
       A `Table`; `data.from_arrays(t.x, t.y, t.client)` is its federated data set.
 
     Raises:
-      ValueError: a column is not there, values are missing, a feature is no number, all
-        rows are of one client, all labels are the same, or the file has no rows.
+      ValueError: a column is not there or has no name, values are missing, a feature is
+        no number, all rows are of one client, all labels are the same, or the file has
+        no rows.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -80,12 +82,13 @@ def read_table(
         raise ValueError(f"task must be classification or regression, got {task!r}.")
     if missing not in ("error", "drop"):
         raise ValueError(f'missing must be "error" or "drop", got {missing!r}.')
-    readers = {".csv": _read_csv, ".npz": _read_npz}
+    readers = {".csv": (_read_csv, "line"), ".npz": (_read_npz, "row")}
     if path.suffix.lower() not in readers:
         raise ValueError(f"path: {path.name} should end in .csv or .npz.")
     if not path.is_file():
         raise FileNotFoundError(f"path: there is no file {path}.")
-    columns, first_line = readers[path.suffix.lower()](path)
+    read, place = readers[path.suffix.lower()]
+    columns, numbers = read(path)
     for name, column in (("client", client), ("label", label)):
         if column not in columns:
             raise ValueError(
@@ -93,11 +96,24 @@ def read_table(
             )
     if client == label:
         raise ValueError(f"client and label are the same column, {client!r}.")
+    for name, column in (("client", client), ("label", label)):
+        if columns[column].ndim != 1:
+            raise ValueError(
+                f"{name}: the array {column!r} of {path.name} must be [E], got "
+                f"{list(columns[column].shape)}."
+            )
+        if column in ignore:
+            raise ValueError(f"ignore: {column!r} is the {name} column.")
     if unknown := sorted(set(ignore) - set(columns)):
         raise ValueError(
             f"ignore: {path.name} has no columns {unknown}, there are {[*columns]}."
         )
     columns = {k: v for k, v in columns.items() if k not in ignore}
+    if "" in columns:
+        raise ValueError(
+            f"{path.name} has a column without a name, such as a number of the row; "
+            'name it, or ignore "".'
+        )
     features = tuple(k for k in columns if k not in (client, label))
     if not features:
         raise ValueError(f"{path.name} has no columns but {client!r} and {label!r}.")
@@ -107,15 +123,14 @@ def read_table(
     bad = np.logical_or.reduce(list(gone.values()))
     if bad.any() and missing == "error":
         where = {name: int(m.sum()) for name, m in gone.items() if m.any()}
-        rows = ", ".join(str(r + first_line) for r in np.flatnonzero(bad)[:5])
-        kind = "lines" if first_line > 1 else "rows"
+        rows = ", ".join(map(str, numbers[bad][:5]))
         raise ValueError(
             f"missing: {path.name} lacks values in {bad.sum()} of {len(bad)} rows "
-            f"({kind} {rows}{', ...' if bad.sum() > 5 else ''}), by column {where}; "
+            f"({place}s {rows}{', ...' if bad.sum() > 5 else ''}), by column {where}; "
             'missing="drop" leaves these rows out.'
         )
     columns = {name: values[~bad] for name, values in columns.items()}
-    numbers = np.flatnonzero(~bad) + first_line
+    numbers = numbers[~bad]
     if not len(numbers):
         raise ValueError(f"{path.name} has no rows{' without gaps' * bool(len(bad))}.")
 
@@ -126,14 +141,14 @@ def read_table(
         except ValueError:
             i = next(i for i, v in enumerate(values) if not _is_number(v))
             raise ValueError(
-                f"{path.name}: the column {name!r} has {str(values[i])!r} in row "
+                f"{path.name}: the column {name!r} has {str(values[i])!r} in {place} "
                 f"{numbers[i]}, which is no number; code it as numbers, or ignore the "
                 "column."
             ) from None
         if not np.isfinite(found).all():
             fine = np.isfinite(found).reshape(len(found), -1).all(1)
             raise ValueError(
-                f"{path.name}: the column {name!r} is not finite in row "
+                f"{path.name}: the column {name!r} is not finite in {place} "
                 f"{numbers[np.argmin(fine)]}."
             )
         return found
@@ -162,31 +177,38 @@ def read_table(
     return Table(x, y, whose, features, classes, clients, int(bad.sum()))
 
 
-def _read_csv(path: Path) -> tuple[dict[str, np.ndarray], int]:
+_Columns = tuple[dict[str, np.ndarray], np.ndarray]  # and where each row is
+
+
+def _read_csv(path: Path) -> _Columns:
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = csv.reader(file)
         header = [name.strip() for name in next(rows, [])]
         if len(set(header)) < len(header):
             raise ValueError(f"{path.name} has a column twice in its header {header}.")
-        body = [row for row in rows if row]
-    for i, row in enumerate(body):
+        body, lines = [], []
+        for row in rows:
+            if row:  # not an empty line
+                body.append(row)
+                lines.append(rows.line_num)
+    for line, row in zip(lines, body, strict=True):
         if len(row) != len(header):
             raise ValueError(
-                f"{path.name}: row {i + 2} has {len(row)} values, the header "
+                f"{path.name}: line {line} has {len(row)} values, the header "
                 f"{len(header)} columns."
             )
     columns = [*zip(*body, strict=True)] if body else [[]] * len(header)
     found = (np.array([v.strip() for v in column], str) for column in columns)
-    return dict(zip(header, found, strict=True)), 2  # the header is line 1
+    return dict(zip(header, found, strict=True)), np.array(lines, int)
 
 
-def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], int]:
+def _read_npz(path: Path) -> _Columns:
     with np.load(path, allow_pickle=False) as file:
         columns = {name: file[name] for name in file.files}
     lengths = {name: len(a) if a.ndim else 0 for name, a in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{path.name}: its arrays differ in length: {lengths}.")
-    return columns, 0
+    return columns, np.arange(next(iter(lengths.values()), 0))
 
 
 def _is_missing(values: np.ndarray) -> np.ndarray:

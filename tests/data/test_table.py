@@ -73,14 +73,20 @@ def test_rows_with_gaps_are_named_or_left_out(tmp_path):
         (GOOD, {"label": "site"}, "same column"),
         (GOOD, {"ignore": ("x",)}, r"no columns \['x'\]"),
         (GOOD, {"ignore": ("age", "dose")}, "no columns but"),
+        (GOOD, {"ignore": ("site",)}, "ignore: 'site' is the client column"),
+        (GOOD, {"ignore": ("ill",)}, "ignore: 'ill' is the label column"),
         (GOOD, {"task": "ranking"}, "task must be"),
         (GOOD, {"missing": "guess"}, "missing must be"),
-        (GOOD, {"task": "regression"}, "'ill' has 'yes' in row 2, which is no number"),
-        ("site,age,ill\n1,old,0\n2,3,1\n", {}, "'age' has 'old' in row 2"),
-        ("site,age,ill\n1,inf,0\n2,3,1\n", {}, "'age' is not finite in row 2"),
+        (GOOD, {"task": "regression"}, "'ill' has 'yes' in line 2, which is no number"),
+        ("site,age,ill\n1,old,0\n2,3,1\n", {}, "'age' has 'old' in line 2"),
+        ("site,age,ill\n1,inf,0\n2,3,1\n", {}, "'age' is not finite in line 2"),
         ("site,age,ill\n1,2,0\n1,3,1\n", {}, "one client, '1'"),
         ("site,age,ill\n1,2,0\n2,3,0\n", {}, "'ill' is '0' in all rows"),
-        ("site,age,ill\n1,2,0\n2,3\n", {}, "row 3 has 2 values"),
+        ("site,age,ill\n1,2,0\n2,3\n", {}, "line 3 has 2 values"),
+        ("site,age,ill\n\n\n1,2,0\n2,3\n", {}, "line 5 has 2 values"),
+        ("site,age,ill\n\n\n1,2,0\n2,,1\n", {}, "lines 5"),
+        ('site,age,ill\n"a\nb",2,0\n2,old,1\n', {}, "'old' in line 4"),
+        (",site,age,ill\n0,1,2,0\n1,2,3,1\n", {}, "without a name"),
         ("site,age,age,ill\n", {}, "a column twice"),
         ("site,age,ill\n", {}, "no rows"),
         ("", {}, "no column 'site'"),
@@ -96,6 +102,11 @@ def test_other_bad_files_are_told(tmp_path):
         read_table(tmp_path / "none.csv", **OPTIONS)
     with pytest.raises(ValueError, match="should end in .csv or .npz"):
         read_table(tmp_path / "rows.xlsx", **OPTIONS)
+    np.savez(tmp_path / "rows.npz", site=[1, 2], ill=[[0], [1]], x=[1.0, 2.0])
+    with pytest.raises(
+        ValueError, match=r"label: the array 'ill' .* \[E\], got \[2, 1"
+    ):
+        read_table(tmp_path / "rows.npz", **OPTIONS)
     np.savez(tmp_path / "rows.npz", site=[1, 2], ill=[0, 1], x=[1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="differ in length"):
         read_table(tmp_path / "rows.npz", **OPTIONS)
