@@ -6,8 +6,8 @@ The presets are cases whose answer is known: digits of which each node has one c
 only (federate), plenty of digits dealt out evenly (not worth it), and four fleets of
 turbofan engines. Or a file of one's own, a row an example:
 
-    python -m experiments.should_i_federate --data my.csv --client-column site \\
-        --label-column ill
+    python -m experiments.should_i_federate --preset own --data my.csv \\
+        --client-column site --label-column ill
 """
 
 import dataclasses
@@ -24,14 +24,15 @@ import jaxfl
 from experiments import common, turbofan, turbofan_models
 from jaxfl import decision, models
 from jaxfl.data import dominant_class, from_arrays, mnist, natural, read_table
+from jaxfl.decision.study import of_rows, split
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The data, a perceptron, and the budget."""
 
-    preset: Literal["ci", "mnist_one_class", "mnist_iid", "turbofan"]
-    """Where the other settings start from: a small run, or one of three cases."""
+    preset: Literal["ci", "mnist_one_class", "mnist_iid", "turbofan", "own"]
+    """Where the other settings start from: a small run, three cases, or a file."""
     data: str
     """`embedded` or `files` (digits), `cmapss`, or the path of a .csv or .npz file."""
     rounds: int
@@ -100,6 +101,7 @@ PRESETS = {
         hidden=(64, 32),
         learning_rate=0.02,
     ),
+    "own": Settings("own", "rows.csv", rounds=40),
 }
 
 
@@ -159,7 +161,10 @@ def engines(config: Settings) -> Case:
 
 
 def own_file(config: Settings) -> Case:
-    """A user's rows; features and numeric labels standardised by sums over clients."""
+    """A user's rows; features and numeric labels standardised by sums over clients.
+
+    The sums are over what clients train on: held-out rows are for scores alone.
+    """
     path = Path(config.data)
     try:
         table = read_table(
@@ -187,20 +192,37 @@ def own_file(config: Settings) -> Case:
             f"{path.name}: fewer than two clients have {config.fewest} rows; the most "
             f"that one has is {rows.max()}."
         )
+    names = [
+        name for name, k in zip(table.clients, rows, strict=True) if k >= config.fewest
+    ]
+    listed = ", ".join(f"{i} is {name}" for i, name in enumerate(names[:50]))
+    more = ", ..." if len(names) > 50 else ""
+    notes.append(f"Nodes by their numbers: {listed}{more}.")
     x, y, ids = table.x[kept], table.y[kept], natural(table.client[kept])
+    try:
+        train, heldout = split(from_arrays(x, y, ids), 0.2, seed=0)
+    except ValueError as error:
+        sys.exit(f"{error}")
     scale = np.ones(1)
     if x.ndim == 2:
-        x = np.asarray(jaxfl.moments(from_arrays(x, y, ids)).standardize(x))
+        seen = of_rows({"x": x}, train)
+        x = np.asarray(jaxfl.moments(seen).standardize(x))
+        notes.append(
+            "Features are standardised by sums over all nodes' training rows, also for "
+            "nodes on their own, who could not know them."
+        )
     if config.task == "regression":
-        of_y = jaxfl.moments(from_arrays(y[:, None], y, ids))
+        of_y = jaxfl.moments(of_rows({"x": y[:, None]}, train))
         y, scale = np.asarray(of_y.standardize(y[:, None]))[:, 0], np.asarray(of_y.std)
-    clients = from_arrays(x, y, ids)
+    clients = of_rows({"x": x, "y": y}, train)
+    heldout = dataclasses.replace(heldout, examples=clients.examples)
     example = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     optimizer = optax.sgd(config.learning_rate)
     if config.task == "classification":
         network = models.mlp(config.hidden, len(table.classes))
         model = models.from_linen(network, example)
-        return Case(path.name, clients, None, model, optimizer, {"notes": notes})
+        options: dict[str, Any] = {"notes": notes, "heldout": heldout}
+        return Case(path.name, clients, None, model, optimizer, options)
     score, unit = f"error of {config.label_column}", float(scale.ravel()[0])
     model = models.from_linen(
         models.mlp(config.hidden, 1),
@@ -208,7 +230,7 @@ def own_file(config: Settings) -> Case:
         loss=lambda outputs, y: (outputs[:, 0] - y) ** 2,
         metrics=lambda outputs, y: {score: unit * jnp.abs(outputs[:, 0] - y)},
     )
-    options = {"notes": notes, "score": score, "higher": False}
+    options = {"notes": notes, "heldout": heldout, "score": score, "higher": False}
     return Case(path.name, clients, None, model, optimizer, options)
 
 

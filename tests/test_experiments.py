@@ -1,6 +1,7 @@
 """Every experiment through its command line, tiny; and what they compute with."""
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -190,6 +191,27 @@ def test_should_i_federate_says_what_is_wrong_with_a_file(
     monkeypatch.setattr(jaxfl, "cores_as_devices", lambda: None)
     with pytest.raises(SystemExit, match=message):
         should_i_federate.main()
+
+
+def test_should_i_federate_standardises_by_what_is_trained_on(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "rows.csv"
+    rows = [
+        (site, *rng.normal(5, 3, 2)) for site in ("rome", "oslo") for _ in range(20)
+    ]
+    text = "".join(f"{site},{x},{y}\n" for site, x, y in [*rows, ("bonn", 1, 2)])
+    path.write_text("client,x,label\n" + text)
+    config = dataclasses.replace(
+        should_i_federate.PRESETS["own"], data=str(path), task="regression"
+    )
+    case = should_i_federate.own_file(config)
+    heldout = case.options["heldout"]
+    for name, columns in case.clients.examples.items():
+        train, test = (np.ravel(columns)[d.index] for d in (case.clients, heldout))
+        assert (len(train), len(test)) == (32, 8), name
+        np.testing.assert_allclose([train.mean(), train.std()], [0, 1], atol=1e-5)
+        assert abs(test.mean()) > 1e-3
+    assert not set(case.clients.index) & set(heldout.index)
+    assert "Nodes by their numbers: 0 is oslo, 1 is rome." in case.options["notes"]
 
 
 @needs_files
