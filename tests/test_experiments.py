@@ -1,6 +1,7 @@
 """Every experiment through its command line, tiny; and what they compute with."""
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ from experiments import (
     mnist_skews,
     node_curves,
     personalisation,
+    scaffold2020,
     should_i_federate,
     speed,
     turbofan_models,
@@ -630,6 +632,43 @@ def test_scaffold2020(tmp_path):
         assert least == (min(there) if there else None)
     assert rounds["SCAFFOLD, 5 epochs, 1"] <= rounds["SGD, 1 epochs, 1"]
     assert "% alike" in printed
+
+
+def test_scaffold2020_goes_on_while_another_rate_may_be_better():
+    settings = dataclasses.replace(
+        scaffold2020.PRESETS["ci"],
+        learning_rates=(0.1, 0.2),
+        seeds=2,
+        most=100,
+        segment=25,
+    )
+    when = np.array([[5, 60], [40, 40]])  # who is there first is not first on average
+
+    def segment(rate, key, done, data, evaluate):
+        rounds = done + 1 + np.arange(settings.segment)
+        return done + settings.segment, 1.0 * (rounds >= when.reshape(-1, 1))
+
+    first, accuracy = scaffold2020.rounds_to_target(
+        settings, lambda rate, key, data: 0, segment, None, None
+    )
+    np.testing.assert_array_equal(first, when)
+    assert accuracy.shape == (2, 2, 75)
+    # In the mean of ten rounds, of which none is counted before there are ten.
+    slow = dataclasses.replace(settings, over=10, target=0.95)
+    first, _ = scaffold2020.rounds_to_target(
+        slow, lambda rate, key, data: 0, segment, None, None
+    )
+    np.testing.assert_array_equal(first, when + 9)
+
+
+def test_scaffold2020_where_sgd_is_given_up():
+    settings = scaffold2020.PRESETS["ci"]
+    table = {(0, 1, "SGD"): np.nan, (0, 5, "FedAvg"): 5.0, (0, 5, "FedProx"): np.nan}
+    assert scaffold2020.cell(settings, table, 0, 1, "SGD") == "> 25"
+    assert scaffold2020.cell(settings, table, 0, 5, "FedAvg") == "5 (> 5.0x)"
+    assert scaffold2020.cell(settings, table, 0, 5, "FedProx") == "> 25"
+    table[0, 1, "SGD"] = 15.0
+    assert scaffold2020.cell(settings, table, 0, 5, "FedAvg") == "5 (3.0x)"
 
 
 def test_personalisation(tmp_path):
