@@ -285,6 +285,9 @@ def test_nasa_score_and_the_capped_loss():
     assert turbofan_models.squared_error(outputs, life).tolist() == [0, 0]
     seen = turbofan_models.in_cycles(outputs, life)
     assert seen["squared"].tolist() == [400, 0] and seen["capped"].tolist() == [0, 0]
+    # Nothing is told that nothing was trained to be: below none, or above the cap.
+    seen = turbofan_models.in_cycles(jnp.array([[-0.5], [3.0]]), jnp.array([10.0, 130]))
+    assert seen["squared"].tolist() == [100, 25] and seen["capped"].tolist() == [100, 0]
 
 
 @pytest.mark.parametrize("network", turbofan_models.NETWORKS)
