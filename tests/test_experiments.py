@@ -195,6 +195,19 @@ def test_should_i_federate_says_what_is_wrong_with_a_file(
 
 
 @needs_files
+def test_should_i_federate_knows_the_engines():
+    settings = dataclasses.replace(
+        should_i_federate.PRESETS["turbofan"], stride=40, hidden=()
+    )
+    case = should_i_federate.engines(settings)
+    assert case.clients.num_clients == 4 and len(case.test["y"]) == 707
+    # Of the life that is capped, by an output that is held between none and the cap.
+    params = {"Dense_0": {"kernel": jnp.zeros((700, 1)), "bias": jnp.full(1, 9.0)}}
+    told = case.model.metrics(params, case.test)["error (cycles)"]
+    np.testing.assert_allclose(told, 125 - np.minimum(case.test["y"], 125))
+
+
+@needs_files
 def test_turbofan(tmp_path):
     summary, rows, printed = results(tmp_path, "turbofan")
     found = summary["engines"]
