@@ -112,7 +112,7 @@ def draw(config, games):
         name: each.mean(0)
         for name, each in by_prices(config, games, failure, maintenance).items()
     }
-    names = [*rivals(games), *(n for n in ("federated",) if n in games)]
+    names = [*rivals(games), *(n for n in ("federated",) if n in games)] or list(games)
     winner = np.argmax([earned[name] for name in names], 0)
     colours = ListedColormap([COLOURS[name] for name in names])
     right.pcolormesh(

@@ -131,12 +131,12 @@ def digits(config: Settings) -> Case:
 
 def engines(config: Settings) -> Case:
     """Four fleets; each is also tested on its own engines."""
-    windows = turbofan.Settings("full", 1, ("fleets",), stride=config.stride)
+    windows = dataclasses.replace(turbofan.PRESETS["full"], fleet_stride=config.stride)
     clients, test, subset = turbofan.windows(windows, "fleets")
 
     def error(outputs, life):
-        life = jnp.minimum(life, turbofan_models.CAP)
-        return {"error (cycles)": jnp.abs(turbofan_models.CAP * outputs[:, 0] - life)}
+        capped = turbofan_models.in_cycles(outputs, life)["capped"]
+        return {"error (cycles)": jnp.sqrt(capped)}
 
     return Case(
         "C-MAPSS turbofans, the fleets FD001 to FD004",

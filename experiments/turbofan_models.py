@@ -96,9 +96,13 @@ def squared_error(outputs: jax.Array, life: jax.Array) -> jax.Array:
 
 
 def in_cycles(outputs: jax.Array, life: jax.Array) -> dict[str, jax.Array]:
-    """Squared errors and NASA's penalty, against the life that is not capped."""
-    error = CAP * outputs[:, 0] - life
-    capped = CAP * outputs[:, 0] - jnp.minimum(life, CAP)
+    """Squared errors and NASA's penalty, against the life that is not capped.
+
+    What is told is held between none and the cap, as all that is trained on is: a node
+    that has seen one engine says what no engine does, and would be worse than a guess.
+    """
+    told = CAP * jnp.clip(outputs[:, 0], 0, 1)
+    error, capped = told - life, told - jnp.minimum(life, CAP)
     return {"squared": error**2, "capped": capped**2, "score": nasa_score(error)}
 
 

@@ -25,6 +25,7 @@ from experiments import (
     mnist_skews,
     node_curves,
     personalisation,
+    scaffold2020,
     should_i_federate,
     speed,
     turbofan_models,
@@ -215,6 +216,19 @@ def test_should_i_federate_standardises_by_what_is_trained_on(tmp_path):
 
 
 @needs_files
+def test_should_i_federate_knows_the_engines():
+    settings = dataclasses.replace(
+        should_i_federate.PRESETS["turbofan"], stride=40, hidden=()
+    )
+    case = should_i_federate.engines(settings)
+    assert case.clients.num_clients == 4 and len(case.test["y"]) == 707
+    # Of the life that is capped, by an output that is held between none and the cap.
+    params = {"Dense_0": {"kernel": jnp.zeros((700, 1)), "bias": jnp.full(1, 9.0)}}
+    told = case.model.metrics(params, case.test)["error (cycles)"]
+    np.testing.assert_allclose(told, 125 - np.minimum(case.test["y"], 125))
+
+
+@needs_files
 def test_turbofan(tmp_path):
     summary, rows, printed = results(tmp_path, "turbofan")
     found = summary["engines"]
@@ -305,6 +319,9 @@ def test_nasa_score_and_the_capped_loss():
     assert turbofan_models.squared_error(outputs, life).tolist() == [0, 0]
     seen = turbofan_models.in_cycles(outputs, life)
     assert seen["squared"].tolist() == [400, 0] and seen["capped"].tolist() == [0, 0]
+    # Nothing is told that nothing was trained to be: below none, or above the cap.
+    seen = turbofan_models.in_cycles(jnp.array([[-0.5], [3.0]]), jnp.array([10.0, 130]))
+    assert seen["squared"].tolist() == [100, 25] and seen["capped"].tolist() == [100, 0]
 
 
 @pytest.mark.parametrize("network", turbofan_models.NETWORKS)
@@ -652,6 +669,43 @@ def test_scaffold2020(tmp_path):
         assert least == (min(there) if there else None)
     assert rounds["SCAFFOLD, 5 epochs, 1"] <= rounds["SGD, 1 epochs, 1"]
     assert "% alike" in printed
+
+
+def test_scaffold2020_goes_on_while_another_rate_may_be_better():
+    settings = dataclasses.replace(
+        scaffold2020.PRESETS["ci"],
+        learning_rates=(0.1, 0.2),
+        seeds=2,
+        most=100,
+        segment=25,
+    )
+    when = np.array([[5, 60], [40, 40]])  # who is there first is not first on average
+
+    def segment(rate, key, done, data, evaluate):
+        rounds = done + 1 + np.arange(settings.segment)
+        return done + settings.segment, 1.0 * (rounds >= when.reshape(-1, 1))
+
+    first, accuracy = scaffold2020.rounds_to_target(
+        settings, lambda rate, key, data: 0, segment, None, None
+    )
+    np.testing.assert_array_equal(first, when)
+    assert accuracy.shape == (2, 2, 75)
+    # In the mean of ten rounds, of which none is counted before there are ten.
+    slow = dataclasses.replace(settings, over=10, target=0.95)
+    first, _ = scaffold2020.rounds_to_target(
+        slow, lambda rate, key, data: 0, segment, None, None
+    )
+    np.testing.assert_array_equal(first, when + 9)
+
+
+def test_scaffold2020_where_sgd_is_given_up():
+    settings = scaffold2020.PRESETS["ci"]
+    table = {(0, 1, "SGD"): np.nan, (0, 5, "FedAvg"): 5.0, (0, 5, "FedProx"): np.nan}
+    assert scaffold2020.cell(settings, table, 0, 1, "SGD") == "> 25"
+    assert scaffold2020.cell(settings, table, 0, 5, "FedAvg") == "5 (> 5.0x)"
+    assert scaffold2020.cell(settings, table, 0, 5, "FedProx") == "> 25"
+    table[0, 1, "SGD"] = 15.0
+    assert scaffold2020.cell(settings, table, 0, 5, "FedAvg") == "5 (3.0x)"
 
 
 def test_personalisation(tmp_path):

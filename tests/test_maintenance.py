@@ -7,6 +7,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -270,6 +271,17 @@ def test_a_game_is_what_its_page_is_told(setting):
         last = maintenance_money.per_hour(setting, games[name]["counts"])[:, -1]
         np.testing.assert_allclose(at[:, 1, 0], last[:, last.mean(0).argmax()])
         assert (at[:, 0] >= at[:, 1]).all()
+
+
+@pytest.mark.parametrize("name", ["pooled", "top_k", "corrective", "federated"])
+def test_one_strategy_alone_is_drawn(setting, name):
+    setting = dataclasses.replace(setting, cycles=100)
+    shape = 1, 10, len(setting.knobs(name)), 3
+    counts = np.random.default_rng(0).integers(0, 50, shape).cumsum(1)
+    figure = maintenance_money.draw(setting, {name: {"counts": counts}})
+    legend = figure.axes[-1].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [name]
+    plt.close(figure)
 
 
 @needs_files
