@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import rich.progress
 
 import jaxfl
 from experiments import common, turbofan_models, turbofan_tycoon
@@ -172,9 +173,9 @@ def scores(model, params, test, subset):
     }
 
 
-def one_run(config, case, regime, seed, nodes, test, subset):
-    """Scores after every tenth or so of the rounds, of the nodes' own models a mean;
-    and how often by then the windows had been passed over."""
+def runs_of(config, case, regime, nodes, test, subset):
+    """Of every seed the scores after every tenth or so of the rounds, of the nodes' own
+    models a mean; and how often by then the windows had been passed over."""
     model = turbofan_models.model_of(config.network, test["x"][:1])
     algorithm, channel, rounds = algorithm_of(config, regime, model.loss)
     cohort, windows = None, int(np.sum(nodes.size))
@@ -184,10 +185,11 @@ def one_run(config, case, regime, seed, nodes, test, subset):
     elif regime != "isolated":
         cohort = min(config.cohort, nodes.num_clients)
         a_round = cohort * config.steps * config.batch_size
-    params = model.init(jax.random.key(seed))
-    federation = jaxfl.federate(algorithm, channel)
     federation = jaxfl.tune(
-        federation, params, nodes, cohort_size=cohort, verbose=False
+        jaxfl.federate(algorithm, channel),
+        *(model.init(jax.random.key(0)), nodes),
+        cohort_size=cohort,
+        verbose=False,
     )
 
     def evaluate(state):
@@ -202,17 +204,20 @@ def one_run(config, case, regime, seed, nodes, test, subset):
             each["own"] = jnp.mean(each["own"], 0)
         return {k: v if k == "own" else jnp.mean(v) for k, v in each.items()}
 
-    _, history = jaxfl.simulate(
-        *(federation, params, nodes),
-        rounds=rounds,
-        key=jax.random.key(seed),
-        cohort_size=cohort,
-        evaluate=evaluate,
-        every=rounds // config.looks,
-        progress=False,
-    )
-    seen = {name: history[name] for name in ("rmse", "capped", "score", "own")}
-    return seen | {"passes": history.round * (a_round / windows)}
+    runs = []
+    for seed in rich.progress.track(range(config.seeds), f"{case}, {regime}"):
+        _, history = jaxfl.simulate(
+            *(federation, model.init(jax.random.key(seed)), nodes),
+            rounds=rounds,
+            key=jax.random.key(seed),
+            cohort_size=cohort,
+            evaluate=evaluate,
+            every=rounds // config.looks,
+            progress=False,
+        )
+        seen = {name: history[name] for name in ("rmse", "capped", "score", "own")}
+        runs.append(seen | {"passes": history.round * (a_round / windows)})
+    return jax.tree.map(lambda *x: np.stack(x), *runs)
 
 
 def draw(config, runs):
@@ -273,11 +278,7 @@ def main() -> None:
         for regime in config.regimes:
             if (regime, case) == ("ditto", "engines"):
                 continue
-            seeds = [
-                one_run(config, case, regime, seed, nodes, test, subset)
-                for seed in range(config.seeds)
-            ]
-            runs[case][regime] = jax.tree.map(lambda *x: np.stack(x), *seeds)
+            runs[case][regime] = runs_of(config, case, regime, nodes, test, subset)
 
     folder = common.results_folder("turbofan")
     summary = {
