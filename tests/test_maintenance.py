@@ -292,7 +292,7 @@ def test_one_strategy_alone_is_drawn(setting, name):
     counts = np.random.default_rng(0).integers(0, 50, shape).cumsum(1)
     figure = maintenance_money.draw(setting, {name: {"counts": counts}})
     legend = figure.axes[-1].get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == [name]
+    assert legend and [text.get_text() for text in legend.get_texts()] == [name]
     plt.close(figure)
 
 
