@@ -186,7 +186,11 @@ def one_game(
     starts = jnp.arange(0, config.cycles, config.period)
     _, (frames, bits) = jax.lax.scan(period, (watcher.state, slots), starts)
     frames = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), frames)
-    return frames | {"megabytes": jnp.sum(bits) / 8e6}
+    bits = jnp.sum(bits)
+    if strategy == "pooled":  # no models are sent; every row is, when it is known
+        known = jnp.sum(airlines.known < config.cycles)
+        bits = 32.0 * engines.row.shape[1] * known
+    return frames | {"megabytes": bits / 8e6}
 
 
 def games_of(config) -> dict[str, dict[str, np.ndarray]]:

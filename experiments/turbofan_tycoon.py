@@ -13,6 +13,7 @@ are dealt into five groups, each of which is the test engines of one split.
 
 import dataclasses
 import functools
+import sys
 from typing import Literal
 
 import jax
@@ -196,6 +197,8 @@ def draw(config, runs):
 
 
 def run(config: Settings) -> None:
+    if config.rounds % 2:
+        sys.exit("--rounds must be even: every second is looked at.")
     runs = {life: runs_of(config, life) for life in config.lives}
     last = {
         life: {name: (r if r.ndim == 1 else r[:, -1]) for name, r in found.items()}

@@ -286,6 +286,11 @@ def test_turbofan_tycoon(tmp_path):
     assert summary["settings"]["preset"] == "tycoon"
 
 
+def test_turbofan_tycoon_looks_at_every_second_round():
+    with pytest.raises(SystemExit, match="--rounds must be even"):
+        turbofan_tycoon.run(turbofan_tycoon.Settings(rounds=3))
+
+
 @needs_files
 def test_turbofan_tycoon_has_the_rows_of_the_report():
     settings = turbofan_tycoon.Settings()

@@ -234,14 +234,26 @@ def test_a_game_is_what_its_page_is_told(setting):
     setting = dataclasses.replace(
         setting,
         cycles=400,
-        strategies=("preventive", "federated"),
+        strategies=("preventive", "federated", "pooled"),
         channels=("none", "top_k"),
         warm_up=0,
     )
     games = maintenance.games_of(setting)
-    assert list(games) == ["preventive", "federated", "top_k"]
+    assert list(games) == ["preventive", "federated", "top_k", "pooled"]
     sent = games["federated"]["megabytes"], games["top_k"]["megabytes"]
     assert (0 < sent[1]).all() and (sent[1] < sent[0]).all()
+    # Pooling sends rows, of 14 sensors and the life left, once their engine has failed.
+    engines = maintenance_models.engines_of(setting)
+    examples = {"left": engines.row[:, -1]}
+    for seed in range(2):
+        airlines = maintenance_models.airlines_of(
+            setting, engines, examples, seed, together=False
+        )
+        rows = airlines.at(399).size.sum()
+        assert rows > 0
+        np.testing.assert_allclose(
+            games["pooled"]["megabytes"][seed], rows * 15 * 4 / 1e6, rtol=1e-6
+        )
     game = maintenance.game_of(setting, games, seed=1)
     assert game["nodes"] * game["slots"] == 16 and len(game["times"]) == 40
     assert game["prices"]["interval"] == 193 and game["times"][-1] == 400
@@ -280,7 +292,7 @@ def test_one_strategy_alone_is_drawn(setting, name):
     counts = np.random.default_rng(0).integers(0, 50, shape).cumsum(1)
     figure = maintenance_money.draw(setting, {name: {"counts": counts}})
     legend = figure.axes[-1].get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == [name]
+    assert legend and [text.get_text() for text in legend.get_texts()] == [name]
     plt.close(figure)
 
 
