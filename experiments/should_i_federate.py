@@ -131,7 +131,9 @@ def digits(config: Settings) -> Case:
 
 def engines(config: Settings) -> Case:
     """Four fleets; each is also tested on its own engines."""
-    windows = turbofan.Settings("full", 1, ("fleets",), stride=config.stride)
+    windows = turbofan.Settings(
+        *("full", 1, 1, ("fleets",)), fleet_stride=config.stride
+    )
     clients, test, subset = turbofan.windows(windows, "fleets")
 
     def error(outputs, life):

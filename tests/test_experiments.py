@@ -216,6 +216,16 @@ def test_should_i_federate_standardises_by_what_is_trained_on(tmp_path):
 
 
 @needs_files
+def test_should_i_federate_has_the_four_fleets():
+    config = dataclasses.replace(should_i_federate.PRESETS["turbofan"], stride=100)
+    case = should_i_federate.engines(config)
+    heldout = case.options["heldout"]
+    assert case.clients.num_clients == heldout.num_clients == 4
+    assert np.asarray(heldout.size).tolist() == [100, 259, 100, 248]
+    assert 1 <= case.clients.shortest < 250  # of the windows, one in a hundred
+
+
+@needs_files
 def test_turbofan(tmp_path):
     summary, rows, printed = results(tmp_path, "turbofan")
     found = summary["engines"]
