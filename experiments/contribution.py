@@ -103,7 +103,12 @@ def eight_nodes(train, config, seed: int) -> jaxfl.ClientData:
     order = rng.permutation(len(y))
     zeros = order[y[order] == 0][:e]  # all that there are, where they are fewer
     of_any = order[~np.isin(order, zeros)]
-    rows = [of_any[i * e : (i + 1) * e] for i in range(7)]
+    if len(of_any) < 6 * e:
+        raise ValueError(
+            f"examples: six nodes of {e} digits take more than the {len(of_any)} that "
+            "there are."
+        )
+    rows = [of_any[i * e : (i + 1) * e] for i in range(6)]
     rows[COPY:COPY] = [rows[COPIED]]
     rows = [*rows[:FEW], rows[FEW][: e // 10], zeros]
     labels = [y[r] for r in rows]

@@ -33,8 +33,8 @@ def fused_dot(
     `[O, I]` and then turned, whose inner loops are long: with O = 10, a step of
     logistic regression takes 15 microseconds in place of 25.
 
-    What is not `[B, I] x [I, O]` with O at least 64 and B at most 16, or O at most 16,
-    or not on a CPU, is handed to `lax.dot_general` unchanged.
+    What is not `[B, I] x [I, O]` with O at least 64 and B from 1 to 16, or O at most
+    16, or not on a CPU, is handed to `lax.dot_general` unchanged.
 
     Args:
       lhs: inputs, `[B, I]`.
@@ -72,10 +72,12 @@ def fused_dot(
     ):
         return dot(lhs, rhs)
     batch, columns = jnp.shape(lhs)[0], jnp.shape(rhs)[1]
-    if columns >= _MIN_COLUMNS and batch <= _MAX_ROWS:
+    if columns >= _MIN_COLUMNS and 0 < batch <= _MAX_ROWS:
 
         def moved(x, dw):
-            # A row at a time: the transpose is the sum of outer products.
+            # A row at a time: the transpose is the sum of outer products, which 16-bit
+            # floats would lose digits in.
+            x, dw = (a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in (x, dw))
             return jnp.stack([jnp.sum(row[:, None] * dw, 0) for row in x])
 
     elif columns <= _FEW_COLUMNS:

@@ -47,6 +47,30 @@ def test_the_product_and_its_gradients(dtype, shape):
         )
 
 
+@both
+@pytest.mark.parametrize("wide_sum", [None, jnp.float32], ids=["bf16", "f32"])
+def test_gradients_of_16_bits_are_summed_in_32(shape, wide_sum):
+    x, w, y = arrays(*shape, dtype=jnp.bfloat16)
+
+    def error(dot):
+        def product(w):
+            return dot(x, w, MATMUL, preferred_element_type=wide_sum)
+
+        out, pull = jax.vjp(product, w)
+        (got,) = pull(y.astype(out.dtype))
+        want = np.asarray(x, np.float64).T @ np.asarray(y, np.float64)
+        return np.abs(np.asarray(got, np.float64) - want).max()
+
+    assert error(fused_dot) <= 1.1 * error(jax.lax.dot_general)
+
+
+@pytest.mark.parametrize("columns", [64, 10], ids=["wide", "narrow"])
+def test_no_examples_have_no_gradient(columns):
+    x, w, _ = arrays(0, 4, columns)
+    got = jax.grad(lambda w: jnp.sum(fused_dot(x, w, MATMUL)))(w)
+    np.testing.assert_array_equal(got, np.zeros((4, columns)))
+
+
 @pytest.mark.parametrize("columns", [64, 10], ids=["wide", "narrow"])
 def test_forward_mode_and_second_derivatives(columns):
     x, w, y = arrays(3, 4, columns)

@@ -20,6 +20,7 @@ from experiments import (
     baselines,
     cohorts,
     common,
+    contribution,
     gallery,
     mcmahan2017,
     mnist_skews,
@@ -222,6 +223,7 @@ def test_should_i_federate_knows_the_engines():
     )
     case = should_i_federate.engines(settings)
     assert case.clients.num_clients == 4 and len(case.test["y"]) == 707
+    assert np.asarray(case.options["heldout"].size).tolist() == [100, 259, 100, 248]
     # Of the life that is capped, by an output that is held between none and the cap.
     params = {"Dense_0": {"kernel": jnp.zeros((700, 1)), "bias": jnp.full(1, 9.0)}}
     told = case.model.metrics(params, case.test)["error (cycles)"]
@@ -398,6 +400,24 @@ def test_contribution(tmp_path):
     assert uniform["cosine"] > one_class["cosine"]
     assert uniform["diversity"] < one_class["diversity"]
     assert "half of labels wrong" in printed
+
+
+def test_contribution_has_digits_for_all_nodes():
+    y = np.repeat(np.arange(10), 20)
+    train = {"x": np.arange(200.0)[:, None], "y": y}
+    config = dataclasses.replace(contribution.PRESETS["ci"], examples=30)
+    clients = contribution.eight_nodes(train, config, seed=0)
+    assert np.asarray(clients.size).tolist() == [30] * 6 + [3, 20]
+    x, y = clients.examples["x"][:, 0].astype(int), clients.examples["y"]
+    rows = [x[own] for own in jaxfl.data.client_rows(clients)]
+    np.testing.assert_array_equal(rows[contribution.COPY], rows[contribution.COPIED])
+    others = np.concatenate([*rows[:3], *rows[4:]])
+    assert len(set(others)) == len(others)  # no other digit is of two nodes
+    wrong = [(y[own] != x[own] // 20).sum() for own in jaxfl.data.client_rows(clients)]
+    assert wrong == [0, 0, 0, 0, 15, 30, 0, 0]
+    config = dataclasses.replace(config, examples=31)
+    with pytest.raises(ValueError, match="six nodes of 31 digits"):
+        contribution.eight_nodes(train, config, seed=0)
 
 
 def test_mcmahan2017(tmp_path):

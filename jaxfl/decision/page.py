@@ -188,7 +188,8 @@ def _growth(r: "Report") -> list[str]:
     s = r.score
     text = [
         "All points have as many steps of training, so that the curves are of data "
-        "alone; more steps might move all of them.",
+        "alone; more steps might move all of them. Bands are from the least to the "
+        "most of the seeds, and of a fitted curve its interval.",
         _times(r),
     ]
     for name, law in (("isolated nodes", r.alone), ("the federation", r.together)):
