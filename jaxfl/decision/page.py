@@ -229,7 +229,7 @@ def _who(r: "Report") -> list[str]:
     text = [
         "By the federated model instead of its own, on the node's own held-out "
         f"examples: {spread}; {(gain > 0).mean():.0%} of the nodes are better off.",
-        "No node loses for certain and by as much as matters.",
+        "No node that is counted loses for certain and by as much as matters.",
     ]
     if lose.any():
         text[-1] = (
