@@ -530,7 +530,8 @@ def test_kamp2018(tmp_path):
 
 def test_compression2017(tmp_path):
     summary, rows, _ = results(
-        tmp_path, "compression2017", "--rounds", "2", "--bits", "2"
+        *(tmp_path, "compression2017", "--rounds", "2", "--bits", "2"),
+        *("--batch-size", "50"),
     )
     runs = {r["family"]: r for r in summary["runs"]}
     d, padded = 199_210, 2**18
@@ -544,11 +545,13 @@ def test_compression2017(tmp_path):
 
 
 def test_error_feedback(tmp_path):
-    summary, rows, _ = results(tmp_path, "error_feedback", "--rounds", "6")
+    summary, rows, _ = results(
+        *(tmp_path, "error_feedback", "--rounds", "4", "--steps", "30")
+    )
     whole, feedback, forgotten = summary["runs"].values()
     assert whole["accuracy"] > feedback["accuracy"] > forgotten["accuracy"]
     assert 50 < whole["megabytes"] / feedback["megabytes"] < 70
-    assert len(rows) == 3 * 6
+    assert len(rows) == 3 * 4
 
 
 def test_dp_fedavg(tmp_path):
