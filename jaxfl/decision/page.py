@@ -5,12 +5,12 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from jaxfl.decision.report import Report
+# A `report.Report` renders itself by this file, which so cannot import it.
+Report = Any
 
 # Okabe and Ito's colours, told apart with any colour vision.
 COLOURS = {
@@ -28,7 +28,7 @@ class Section(NamedTuple):
     heading: str
     text: Sequence[str] = ()
     table: Sequence[Sequence[str]] = ()  # the first row has the names of the columns
-    draw: "Callable[[Report, Any], None] | None" = None
+    draw: Callable[[Report, Any], None] | None = None
     about: str = ""  # the figure, for who cannot see it
 
 
@@ -59,7 +59,7 @@ def signed(x: float, score: str) -> str:
     return f"{100 * x:+.1f}" if score == "accuracy" else f"{x:+.3g}"
 
 
-def sections(r: "Report") -> list[Section]:
+def sections(r: Report) -> list[Section]:
     """The report, part by part."""
     s, own = r.score, r.judged == "own"
     judged = "each node's own examples" if own else "the common examples"
@@ -143,7 +143,7 @@ RULES = (
 )
 
 
-def _evidence(r: "Report") -> list[str]:
+def _evidence(r: Report) -> list[str]:
     """Two or three sentences under the verdict."""
     text = []
     s, isolated = r.score, r.means["isolated"][r.judged]
@@ -156,7 +156,7 @@ def _evidence(r: "Report") -> list[str]:
     return text
 
 
-def _times(r: "Report") -> str:
+def _times(r: Report) -> str:
     """Federation against collecting more data, in one sentence."""
     best, low, high = r.as_good_as
     if not r.alone.identifiable:
@@ -184,7 +184,7 @@ def _factor(x: float) -> str:
     return f"{x:.2g} times" if x < 100 else "more than 100 times"
 
 
-def _growth(r: "Report") -> list[str]:
+def _growth(r: Report) -> list[str]:
     s = r.score
     text = [
         "All points have as many steps of training, so that the curves are of data "
@@ -218,7 +218,7 @@ def _plain_value(x: float, score: str) -> str:
     return f"{100 * x:.1f} %" if score == "accuracy" else f"{x:.3g}"
 
 
-def _who(r: "Report") -> list[str]:
+def _who(r: Report) -> list[str]:
     gain, s = r.nodes.gain, r.score
     at = np.nanquantile(gain, (0, 0.1, 0.5, 0.9, 1))
     names = ("least", "10 %", "median", "90 %", "most")
@@ -242,7 +242,7 @@ def _who(r: "Report") -> list[str]:
     return text
 
 
-def _costs(r: "Report") -> tuple[list[str], list[tuple[str, str]]]:
+def _costs(r: Report) -> tuple[list[str], list[tuple[str, str]]]:
     c = r.costs
     rows = [
         ("", "in the whole run"),
@@ -269,7 +269,7 @@ def _interval(e, score: str) -> str:
 # --------------------------------------------------------------------------- figures
 
 
-def draw_growth(r: "Report", figure: Any) -> None:
+def draw_growth(r: Report, figure: Any) -> None:
     """Curves over examples a node, with the power law beyond, and over nodes."""
     left, right = figure.subplots(1, 2, sharey=True)
     unit = 100 if r.score == "accuracy" else 1
@@ -303,7 +303,7 @@ def draw_growth(r: "Report", figure: Any) -> None:
     _tidy(left, right)
 
 
-def draw_nodes(r: "Report", figure: Any) -> None:
+def draw_nodes(r: Report, figure: Any) -> None:
     """Every node's gain, sorted, with its interval; and after fine-tuning."""
     axes = figure.subplots()
     unit = 100 if r.score == "accuracy" else 1
@@ -365,7 +365,7 @@ def _tidy(*all_axes: Any) -> None:
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def svg(draw: Callable[..., None], r: "Report") -> str:
+def svg(draw: Callable[..., None], r: Report) -> str:
     """A figure as an element of HTML; it names no address."""
     try:
         import matplotlib
@@ -388,7 +388,7 @@ def svg(draw: Callable[..., None], r: "Report") -> str:
 # ----------------------------------------------------------------------- the writers
 
 
-def markdown(r: "Report") -> str:
+def markdown(r: Report) -> str:
     """The sections as Markdown, without figures."""
     parts = [f"# {r.title}"]
     for part in sections(r):
@@ -402,7 +402,7 @@ def markdown(r: "Report") -> str:
     return "\n\n".join(p for p in parts if p) + "\n"
 
 
-def html(r: "Report") -> str:
+def html(r: Report) -> str:
     """The sections as one page."""
     body = [f"<h1>{escape.escape(r.title)}</h1>"]
     for i, part in enumerate(sections(r)):
