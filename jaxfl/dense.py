@@ -1,10 +1,12 @@
 """A dense layer's product, whose gradient is made where it is used."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 # Beyond these a matmul is as fast; all were measured on a CPU.
 _MAX_ROWS = 16
@@ -91,10 +93,14 @@ def fused_dot(
 
     product = jax.custom_jvp(dot)
 
-    @product.defjvp
+    @functools.partial(product.defjvp, symbolic_zeros=True)
     def _(primals, tangents):
         (x, w), (dx, dw) = primals, tangents
-        y = dot(x, w)
-        return y, dot(dx, w) + moved(x, dw).astype(y.dtype)
+        y, terms = dot(x, w), []
+        if not isinstance(dx, SymbolicZero):  # which inputs of the first layer are
+            terms.append(dot(dx, w))
+        if not isinstance(dw, SymbolicZero):
+            terms.append(moved(x, dw).astype(y.dtype))
+        return y, functools.reduce(jnp.add, terms)
 
     return product(lhs, rhs)
