@@ -255,7 +255,6 @@ def draw(config, found, samples, drifts):
     bars.axvline(0, color=common.BLACK, lw=0.8)
     bars.set(xlabel="worth (points of test accuracy); a dot a seed")
     bars.set_title("eight nodes: what each is worth")
-    bars.legend(frameon=False)
 
     played, off, error = np.array(samples)[:, :, 1:].mean(0).T
     near.plot(played, off, "o-", color=common.BLUE, label="from the exact values")
@@ -296,9 +295,10 @@ def draw(config, found, samples, drifts):
     alike.set_title("ten nodes: how their updates agree")
     hill.set(xlabel="round", ylabel="loss on held-out digits (nats)")
     hill.set_title("ten nodes: what their models score")
-    for axes in (alike, hill):
+    for axes in (bars, alike, hill):
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
         axes.legend(**below, frameon=False, fontsize=8)
+    for axes in (alike, hill):
         axes.xaxis.get_major_locator().set_params(integer=True)
     common.tidy(*panels.flat)
     return figure
