@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 # Exponents that are looked at; a curve outside is as good as straight, or as a step.
 STEEPNESS = (0.05, 4.0)
@@ -144,7 +143,7 @@ def fit_power_law(
     curves = _least_squares(ratio, drawn)
 
     gap = abs(mean[-1] - mean[0])
-    least = stdtrit(freedom, (1 + confidence) / 2) * noise * math.sqrt(2)
+    least = quantile_of_t(freedom, confidence) * noise * math.sqrt(2)
     tail = (1 - confidence) / 2
     low, high = np.quantile(curves[:, 2], [tail, 1 - tail])
     why = ""
@@ -181,4 +180,6 @@ def quantile_of_t(freedom: float, confidence: float) -> float:
     >>> round(quantile_of_t(4, 0.95), 3)
     2.776
     """
+    from scipy.special import stdtrit  # takes longer to import than all of decision
+
     return float(stdtrit(freedom, (1 + confidence) / 2))
