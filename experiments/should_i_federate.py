@@ -23,8 +23,15 @@ import optax
 import jaxfl
 from experiments import common, turbofan, turbofan_models
 from jaxfl import decision, models
-from jaxfl.data import dominant_class, from_arrays, mnist, natural, read_table
-from jaxfl.decision.study import of_rows, split
+from jaxfl.data import (
+    dominant_class,
+    from_arrays,
+    mnist,
+    natural,
+    of_rows,
+    read_table,
+)
+from jaxfl.decision.study import split
 
 
 @dataclasses.dataclass(frozen=True)

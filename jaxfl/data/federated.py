@@ -205,15 +205,7 @@ def pool(data: ClientData) -> ClientData:
       >>> pool(from_arrays(np.zeros((4, 2)), np.arange(4), [1, 0, 1, 0])).size
       array([4], dtype=int32)
     """
-    rows = np.sort(np.concatenate(client_rows(data))).astype(np.int32)
-    return dataclasses.replace(
-        data,
-        index=rows,
-        start=np.zeros(1, np.int32),
-        size=np.array([len(rows)], np.int32),
-        shortest=len(rows),
-        longest=len(rows),
-    )
+    return of_rows(data.examples, [np.sort(np.concatenate(client_rows(data)))])
 
 
 def subset(data: ClientData, mask: Any) -> ClientData:
@@ -355,6 +347,32 @@ def client_rows(data: ClientData) -> list[np.ndarray]:
     index = np.asarray(data.index)
     ranges = zip(np.asarray(data.start), np.asarray(data.size), strict=True)
     return [index[start : start + size] for start, size in ranges]
+
+
+def of_rows(examples: Any, rows: Sequence[np.ndarray]) -> ClientData:
+    """The data of clients that hold these rows: the inverse of `client_rows`.
+
+    Args:
+      examples: pytree of `[E, ...]` arrays.
+      rows: N integer arrays, each client's rows in its order.
+
+    Returns:
+      The data of N clients.
+
+    Example:
+      >>> data = of_rows({"x": np.arange(4)}, [np.array([3, 0]), np.array([1])])
+      >>> client_rows(data)
+      [array([3, 0], dtype=int32), array([1], dtype=int32)]
+    """
+    size = np.array([len(own) for own in rows], np.int32)
+    return ClientData(
+        examples=examples,
+        index=np.concatenate(rows).astype(np.int32),
+        start=(np.cumsum(size) - size).astype(np.int32),
+        size=size,
+        shortest=int(size.min()),
+        longest=int(size.max()),
+    )
 
 
 def label_counts(

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from jaxfl.core import Channel
-from jaxfl.data.federated import ClientData
+from jaxfl.data.federated import ClientData, client_rows
 from jaxfl.decision import page
 from jaxfl.decision.curve import PowerLaw, fit_power_law
 from jaxfl.decision.study import Study, rows_at, study
@@ -500,9 +500,8 @@ def _constant_labels(clients: ClientData) -> np.ndarray:
     labels = examples.get("y") if isinstance(examples, dict) else None
     if labels is None or np.ndim(labels) != 1:
         return np.zeros(n, bool)
-    y, start = np.asarray(labels)[np.asarray(clients.index)], np.asarray(clients.start)
-    ranges = zip(start, start + np.asarray(clients.size), strict=True)
-    return np.array([len(np.unique(y[a:b])) == 1 for a, b in ranges])
+    y = np.asarray(labels)
+    return np.array([len(np.unique(y[rows])) == 1 for rows in client_rows(clients)])
 
 
 def _check(

@@ -15,7 +15,7 @@ from jaxfl.algorithms.fedavg import fedavg
 from jaxfl.algorithms.isolated import isolated
 from jaxfl.channel import identity, mean
 from jaxfl.core import Channel
-from jaxfl.data.federated import ClientData, client_rows, pool, stack
+from jaxfl.data.federated import ClientData, client_rows, of_rows, pool, stack
 from jaxfl.evaluate import fine_tuned
 from jaxfl.faults.schedule import Schedule
 from jaxfl.models import Model
@@ -102,19 +102,6 @@ def split(clients: ClientData, holdout: float, seed: int) -> Split:
     kept = [own[:k] for own, k in zip(rows, cut, strict=True)]
     left = [own[k:] for own, k in zip(rows, cut, strict=True)]
     return Split(left, of_rows(clients.examples, kept))
-
-
-def of_rows(examples: PyTree, rows: Sequence[np.ndarray]) -> ClientData:
-    """The data of the clients that hold these rows."""
-    size = np.array([len(own) for own in rows], np.int32)
-    return ClientData(
-        examples=examples,
-        index=np.concatenate(rows).astype(np.int32),
-        start=(np.cumsum(size) - size).astype(np.int32),
-        size=size,
-        shortest=int(size.min()),
-        longest=int(size.max()),
-    )
 
 
 def rows_at(train: Any, fractions: Any) -> np.ndarray:
