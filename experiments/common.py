@@ -181,9 +181,14 @@ def save_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """All of it or none."""
-    partial = path.with_name(f"{path.name}.partial")
     text = json.dumps(value, indent=2, default=_plain, allow_nan=False)
-    partial.write_text(text + "\n", "utf-8")
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """All of it or none."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, "utf-8")
     os.replace(partial, path)
 
 

@@ -274,7 +274,7 @@ def main() -> None:
         (ROOT / SMALL / whole.name).unlink(missing_ok=True)
 
     whole, small = records(ROOT, FIGURES), records(ROOT, SMALL)
-    (ROOT / "GALLERY.md").write_text(page(purposes, whole, small, failed), "utf-8")
+    common.write_text(ROOT / "GALLERY.md", page(purposes, whole, small, failed))
     rich.print("GALLERY.md")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments import common
+
 TEMPLATE = Path(__file__).with_suffix(".html")
 COUNTS = ("flown", "maintained", "failed")
 FRAMES = ("state", "age")
@@ -59,10 +61,7 @@ def write(path: str | os.PathLike, game: Mapping[str, Any]) -> None:
     # In a script element only `<` could end or nest it.
     data = data.replace("<", "\\u003c")
     page = TEMPLATE.read_text("utf-8").replace("__GAME__", data, 1)
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, "utf-8")
-    os.replace(partial, path)
+    common.write_text(Path(path), page)
 
 
 def _packed(strategy, times, seats):
