@@ -314,7 +314,10 @@ def _flops(closed: Any, loops: bool = True) -> float:
     return count(closed.jaxpr)
 
 
-ARITHMETIC = {"add", "sub", "mul", "div", "max", "min", "exp", "log", "tanh", "sqrt"}
+ARITHMETIC = {
+    *("add", "add_any", "sub", "mul", "div", "max", "min"),
+    *("exp", "log", "tanh", "sqrt"),
+}
 
 
 def _programs(params: dict) -> list:
