@@ -44,7 +44,6 @@ def run(folder, name, *arguments):
         "PYTHONIOENCODING": "utf-8",
         "MPLBACKEND": "agg",
     }
-    environment.pop("XLA_FLAGS")  # these run for longer than they compile
     return subprocess.run(
         [sys.executable, "-m", f"experiments.{name}", *arguments],
         capture_output=True,
