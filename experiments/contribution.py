@@ -292,6 +292,8 @@ def draw(config, found, samples, drifts):
             *(rounds, d["barrier"]), color=colour, ls=":", label=f"{name}: barrier"
         )
     alike.set(xlabel="round", ylabel="cosine, diversity (no unit)")
+    alike.set_yscale("symlog", linthresh=1)  # a cosine is within 1, diversity is not
+    alike.yaxis.set_major_formatter("{x:g}")
     alike.set_title("ten nodes: how their updates agree")
     hill.set(xlabel="round", ylabel="loss on held-out digits (nats)")
     hill.set_title("ten nodes: what their models score")
