@@ -230,7 +230,7 @@ def study(
     else:
         train, own = client_rows(clients), jax.tree.map(jnp.asarray, heldout)
     if test is None:
-        rows = np.sort(np.concatenate(client_rows(own)))
+        rows = pool(own).index
         test = jax.tree.map(lambda a: jnp.asarray(a)[rows], own.examples)
     test = jax.tree.map(jnp.asarray, test)
     if counts is None:
